@@ -1,0 +1,1 @@
+"""Peers, benchmarks and the records of real machines."""

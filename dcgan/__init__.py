@@ -1,0 +1,1 @@
+"""Train and sample a DCGAN, as fast as the hardware allows."""

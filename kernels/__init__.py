@@ -1,0 +1,1 @@
+"""Fused kernels for strided convolutions, transposed convolutions, batch norm and their activations."""

@@ -1,0 +1,102 @@
+"""One layer's shapes, GEMM views, operations and bytes. No torch: the vocabulary that every other part shares.
+
+Shape letters, here and everywhere: `N C H W` batch, channels, height, width; `R S` kernel taps; `M N K` the rows,
+columns and reduction of the matrix product a convolution amounts to.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["conv", "conv_transpose"]
+Activation = Literal["none", "relu", "leaky_relu", "tanh"]
+Direction = Literal["forward", "dgrad", "wgrad"]
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """The matrix product behind one pass of a layer: an (M, K) times a (K, N) operand."""
+
+    m: int
+    n: int
+    k: int
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations, a multiply and an add counted as two."""
+        return 2 * self.m * self.n * self.k
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A square convolution or transposed convolution without bias, and what follows it: batch norm, activation.
+
+    Args:
+        name: `G1` … for a generator's layers, `D1` … for a discriminator's, from the input on.
+        kind: `conv` or `conv_transpose`.
+        in_channels, out_channels: C of the input and of the output.
+        in_size: height and width of the input, in pixels.
+        kernel, stride, padding: of both axes.
+        batch_norm: whether batch norm follows the convolution.
+        activation: what comes last.
+    """
+
+    name: str
+    kind: Kind
+    in_channels: int
+    out_channels: int
+    in_size: int
+    kernel: int
+    stride: int
+    padding: int
+    batch_norm: bool
+    activation: Activation
+
+    @property
+    def out_size(self) -> int:
+        """Height and width of the output, in pixels."""
+        if self.kind == "conv":
+            return (self.in_size + 2 * self.padding - self.kernel) // self.stride + 1
+        return (self.in_size - 1) * self.stride - 2 * self.padding + self.kernel
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the weight in PyTorch's order: (out, in, R, S), and (in, out, R, S) when transposed."""
+        ends = (self.out_channels, self.in_channels)
+        return (*(ends if self.kind == "conv" else ends[::-1]), self.kernel, self.kernel)
+
+    @property
+    def weights(self) -> int:
+        """Elements of the weight."""
+        return self.in_channels * self.out_channels * self.kernel**2
+
+    @property
+    def parameters(self) -> int:
+        """Trainable elements: the weight, and batch norm's weight and bias."""
+        return self.weights + 2 * self.out_channels * self.batch_norm
+
+    def in_elements(self, batch: int) -> int:
+        return batch * self.in_channels * self.in_size**2
+
+    def out_elements(self, batch: int) -> int:
+        return batch * self.out_channels * self.out_size**2
+
+    def gemm(self, direction: Direction, batch: int) -> Gemm:
+        """The GEMM of one pass over `batch` images.
+
+        A convolution gathers: every output pixel is a row, the taps of all input channels are the reduction. A
+        transposed convolution of stride 2 is the data gradient of a convolution: its output pixels fall in stride²
+        phases, each with kernel² / stride² taps; so the rows are the output pixels and the reduction is that much
+        shorter. A stride of 1 from a single pixel (the generator's head) is a plain product of N × (R·S·C) outputs,
+        and so is the discriminator's last layer.
+        """
+        gather = self.kind == "conv"
+        small = batch * (self.out_size if gather else self.in_size) ** 2  # pixels on the low-resolution side
+        low, high = (self.out_channels, self.in_channels) if gather else (self.in_channels, self.out_channels)
+        taps = self.kernel**2
+        if direction == "wgrad":
+            return Gemm(low, taps * high, small)
+        if (direction == "forward") == gather:  # towards the low-resolution side
+            return Gemm(small, low, taps * high)
+        if self.stride == 1:  # one pixel to a kernel-sized patch
+            return Gemm(small, taps * high, low)
+        return Gemm(small * self.stride**2, high, taps // self.stride**2 * low)
