@@ -33,7 +33,7 @@ def adam(model: nn.Module, fused: bool = False) -> torch.optim.Adam:
 def bce(logits: Tensor, real: bool) -> Tensor:
     """Mean binary cross-entropy of logits (N,) against all-ones or all-zeros; at least float32."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    return F.softplus(-logits if real else logits).mean()
+    return -F.logsigmoid(logits if real else -logits).mean()
 
 
 def probability(logits: Tensor) -> Tensor:
