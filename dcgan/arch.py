@@ -24,7 +24,7 @@ class Arch:
         channels: image channels, 1, 3 or 4.
         nz: length of z.
         ngf, ndf: channels of the layer next to the image, in the generator and the discriminator.
-        start: size of the first feature map; 0 takes 4, or 7 where the image is 28 wide.
+        dense: start from an 8×8 feature map, as the form with a dense layer does, rather than from 4×4.
 
     Raises:
         ValueError: the size is outside the family, or a width is not positive; the message says what is accepted.
@@ -35,7 +35,7 @@ class Arch:
     nz: int = 100
     ngf: int = 64
     ndf: int = 64
-    start: int = 0
+    dense: bool = False
 
     def __post_init__(self):
         if self.image_size not in SIZES:
@@ -45,8 +45,11 @@ class Arch:
         for name in ("nz", "ngf", "ndf"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.image_size == 28 or not self.start:
-            object.__setattr__(self, "start", 7 if self.image_size == 28 else 4)
+
+    @property
+    def start(self) -> int:
+        """Size of the first feature map, in pixels: what is left of the image after halving it to 8 or less."""
+        return 7 if self.image_size == 28 else 8 if self.dense else 4
 
     @property
     def doublings(self) -> int:
@@ -98,6 +101,6 @@ PRESETS = {
     "dcgan64": Preset(Arch(), 64, 25, "64×64, the PyTorch example's layers and hyperparameters"),
     "paper": Preset(Arch(ngf=128, ndf=128), 128, 25, "64×64 with the paper's 128 filters and batch of 128"),
     "mnist28": Preset(Arch(image_size=28, channels=1), 64, 25, "28×28, for MNIST and Fashion-MNIST unscaled"),
-    "dense32": Preset(Arch(image_size=32, nz=128, ngf=128, ndf=128, start=8), 64, 25, "32×32 from a dense 8×8×256"),
+    "dense32": Preset(Arch(image_size=32, nz=128, ngf=128, ndf=128, dense=True), 64, 25, "32×32 from a dense 8×8×256"),
     "small32": Preset(Arch(image_size=32, nz=64, ngf=32, ndf=32), 64, 25, "32×32, thin enough for a laptop's CPU"),
 }

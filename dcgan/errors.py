@@ -13,7 +13,7 @@ class RunError(RuntimeError):
 
 
 def run_command(main: Callable[[], int | None]) -> int:
-    """Call `main`; turn the two errors above into one line on stderr and their exit code."""
+    """Call `main`; turn the two errors above, and Ctrl-C, into one line on stderr and their exit code."""
     try:
         return main() or 0
     except InputError as error:
@@ -22,3 +22,6 @@ def run_command(main: Callable[[], int | None]) -> int:
     except RunError as error:
         print(f"failed: {error}", file=sys.stderr)
         return 3
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

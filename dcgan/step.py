@@ -25,9 +25,9 @@ METRICS = ("loss_d", "loss_g", "d_real", "d_fake_before", "d_fake_after")
 fake before D's update and on fake after it (NaN in the simultaneous form, which never looks)."""
 
 
-def adam(model: nn.Module, fused: bool = False) -> torch.optim.Adam:
-    """The paper's optimiser: Adam, learning rate 2e-4, β = (0.5, 0.999). `fused` updates all tensors in one kernel."""
-    return torch.optim.Adam(model.parameters(), lr=2e-4, betas=(0.5, 0.999), fused=fused)
+def adam(model: nn.Module, fused: bool = False, lr: float = 2e-4, beta1: float = 0.5) -> torch.optim.Adam:
+    """The paper's optimiser, with its values as defaults. `fused` updates all tensors in one kernel."""
+    return torch.optim.Adam(model.parameters(), lr=lr, betas=(beta1, 0.999), fused=fused)
 
 
 def bce(logits: Tensor, real: bool) -> Tensor:
@@ -66,6 +66,14 @@ class ReferenceStep:
         self.update, self.precision = update, precision
         self.device_type = next(generator.parameters()).device.type
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=precision == "fp16")
+
+    def state_dict(self) -> dict:
+        """What a step keeps beside the networks and their optimisers: fp16's loss scale."""
+        return self.scaler.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        if state:
+            self.scaler.load_state_dict(state)
 
     def autocast(self) -> AbstractContextManager:
         """A fresh region for each forward pass: autocast's weight cache must not outlive an optimiser's step."""

@@ -1,0 +1,116 @@
+"""Sampling: from a run, from the example's files, the same whatever the batch."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dcgan
+from dcgan import generate, train
+from dcgan.arch import Arch
+from dcgan.errors import InputError, run_command
+from dcgan.model import Discriminator, Generator
+
+
+def run(*arguments):
+    return run_command(lambda: generate.main([*map(str, arguments), "--device", "cpu"]))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "r"
+    small = "--image-size 16 --batch-size 64 --nz 8 --ngf 4 --ndf 4 --steps 12 --ema 0.9 --device cpu"
+    assert train.main([*small.split(), "--out", str(folder)]) == 0
+    return folder
+
+
+def test_a_grid_from_a_run(trained, tmp_path):
+    for name in ("a.png", "b.png"):
+        assert run(trained, "--n", 9, "--seed", 1, "--out", tmp_path / "sub" / name) == 0
+    assert Image.open(tmp_path / "sub" / "a.png").size == (3 * 18 - 2, 3 * 18 - 2)
+    assert (tmp_path / "sub" / "a.png").read_bytes() == (tmp_path / "sub" / "b.png").read_bytes()
+    assert run(trained, "--n", 9, "--seed", 2, "--out", tmp_path / "c.png") == 0
+    assert (tmp_path / "c.png").read_bytes() != (tmp_path / "sub" / "a.png").read_bytes()
+
+
+def test_separate_files(trained, tmp_path):
+    assert run(trained, "--n", 3, "--out", tmp_path / "many") == 0
+    assert sorted(p.name for p in (tmp_path / "many").iterdir()) == ["000000.png", "000001.png", "000002.png"]
+    assert Image.open(tmp_path / "many" / "000000.png").size == (16, 16)
+
+
+def test_a_picture_does_not_depend_on_its_batch_mates(trained):
+    generator = dcgan.load(trained)
+    few, many = generate.sample(generator, 2, seed=0), generate.sample(generator, 70, seed=0)
+    torch.testing.assert_close(few[0], many[0], rtol=0, atol=1e-6)
+    generator.train()
+    few, many = generate.sample(generator, 2, seed=0), generate.sample(generator, 70, seed=0)
+    assert (few[0] - many[0]).abs().max() > 1e-3
+
+
+def test_the_average_and_the_last_weights_differ(trained, tmp_path):
+    z = torch.randn(2, 8)
+    average, last = dcgan.load(trained), dcgan.load(trained, ema=False)
+    assert not average.training and average.arch == Arch(16, 1, 8, 4, 4)
+    assert not torch.equal(average(z), last(z))
+    assert run(trained, "--no-ema", "--out", tmp_path / "last.png") == 0
+    assert run(trained, "--out", tmp_path / "average.png") == 0
+    assert (tmp_path / "last.png").read_bytes() != (tmp_path / "average.png").read_bytes()
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_state_dict_of_the_example_loads(tmp_path, prefix, dense):
+    arch = Arch(32, 3, 5, 3, 3, dense)
+    generator = Generator(arch).eval()
+    torch.save({prefix + name: value for name, value in generator.state_dict().items()}, tmp_path / "netG.pth")
+    loaded = dcgan.load(tmp_path / "netG.pth")
+    z = torch.randn(2, 5)
+    assert loaded.arch == arch and torch.equal(loaded(z), generator(z))
+    assert run(tmp_path / "netG.pth", "--n", 4, "--out", tmp_path / "grid.png") == 0
+    assert np.array(Image.open(tmp_path / "grid.png")).shape == (66, 66, 3)
+
+
+class Payload:
+    def __init__(self, sentinel):
+        self.sentinel = sentinel
+
+    def __reduce__(self):
+        return (open, (str(self.sentinel), "w"))
+
+
+def test_a_hostile_file_never_executes(tmp_path, capsys):
+    torch.save({"main.0.weight": Payload(tmp_path / "executed")}, tmp_path / "netG.pth")
+    assert run(tmp_path / "netG.pth", "--out", tmp_path / "grid.png") == 2
+    assert not (tmp_path / "executed").exists()
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def write_strange(folder):
+    """Files that are no generator, by name."""
+    torch.save(Discriminator(Arch(16, 1, 8, 4, 4)).state_dict(), folder / "netD.pth")
+    torch.save({"layers": [1, 2]}, folder / "list.pth")
+    torch.save({"conv.weight": torch.zeros(2)}, folder / "other.pth")
+    (folder / "text.pth").write_text("hello")
+    (folder / "text.safetensors").write_text("hello")
+    (folder / "empty").mkdir()
+
+
+@pytest.mark.parametrize("name", ["netD.pth", "list.pth", "other.pth", "text.pth", "text.safetensors", "empty", "none"])
+def test_what_is_no_generator_is_one_line_and_exit_code_2(tmp_path, capsys, name):
+    write_strange(tmp_path)
+    assert run(tmp_path / name, "--out", tmp_path / "grid.png") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and str(tmp_path / name) in lines[0]
+    assert not (tmp_path / "grid.png").exists()
+    with pytest.raises(InputError):
+        dcgan.load(tmp_path / name)
+
+
+def test_wrong_arguments(trained, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for arguments, said in ((("--n", 0), "--n"), (("--n", 20_000), "--n 20000"), (("--out", "file/x"), "--out")):
+        out = [tmp_path / "file" / "x"] if arguments[0] == "--out" else [arguments[1], "--out", tmp_path / "g.png"]
+        assert run(trained, arguments[0], *out) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and said in lines[0]
