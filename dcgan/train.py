@@ -226,9 +226,12 @@ def resume(flags: dict) -> tuple[Trainer, Config, Path]:
     except OSError as error:
         raise InputError(f"--resume {run} cannot be written: {error.strerror}") from None
     trainer = Trainer(config, run, images, say, claim)
-    trainer.resume()
-    config.resolved |= describe(config, images, trainer)
-    config.write(run)
+    try:
+        trainer.resume()
+        config.resolved |= describe(config, images, trainer)
+        config.write(run)
+    except OSError as error:
+        raise InputError(f"--resume {run} cannot be written: {error}") from None
     return trainer, config, run
 
 
@@ -246,7 +249,10 @@ def main(argv: list[str] | None = None) -> int:
         f"steps {trainer.step} to {config.steps} · {run}"
     )
     number = trainer.train()
-    report = write_report(run)
+    try:
+        report = write_report(run)
+    except OSError as error:
+        report = f"report.html not written ({error})"
     if number is not None:
         say(f"stopped by signal {number} after step {trainer.step}; go on with --resume {run}")
         return 128 + number

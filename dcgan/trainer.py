@@ -245,6 +245,7 @@ class Trainer:
                     self.save()
         clock.stop()
         self.save()
+        self.metrics.close()
 
     def _log(self, progress: Progress) -> None:
         """Read the interval's means from the device, the one place where the loop waits for it."""
