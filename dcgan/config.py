@@ -34,7 +34,9 @@ class Config:
     steps: int
     epochs: int | None
     update: str
-    fused: bool
+    fused: str | None
+    backend: str
+    strict: bool
     precision: str
     device: str
     seed: int
@@ -95,14 +97,16 @@ def fast_bf16(device: torch.device) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def resolve_precision(name: str, device: torch.device, fused: bool) -> str:
+def resolve_precision(name: str, device: torch.device, fused: str | None) -> str:
     """`auto` is bf16 where that is fast, else fp32. Raises InputError for what the device or the step cannot do."""
     if name == "auto":
         return "bf16" if fast_bf16(device) else "fp32"
     if name in ("tf32", "fp16") and device.type != "cuda":
         raise InputError(f"--precision {name} needs a CUDA device; on a CPU choose auto, fp32 or bf16")
-    if name == "fp16" and fused:
-        raise InputError("--precision fp16 is not served by --fused: choose auto, bf16, tf32 or fp32")
+    if name == "fp16" and fused == "stacks":
+        raise InputError(
+            "--precision fp16 is not served by --fused: choose auto, bf16, tf32 or fp32, or --fused modules"
+        )
     return name
 
 

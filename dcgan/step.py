@@ -50,6 +50,8 @@ class ReferenceStep:
         update: `alternating` or `simultaneous`.
         precision: `bf16` and `fp16` run the forward passes under autocast (fp16 with a loss scale); `fp32` and
             `tf32` run them as they are.
+        freeze: leave out D's weight gradients in G's step, which nothing reads; without it they are computed and
+            thrown away, as in the example.
     """
 
     def __init__(
@@ -60,7 +62,9 @@ class ReferenceStep:
         optimizer_d: torch.optim.Optimizer,
         update: Update = "alternating",
         precision: Precision = "fp32",
+        freeze: bool = False,
     ):
+        self.freeze = freeze
         self.generator, self.discriminator = generator, discriminator
         self.optimizer_g, self.optimizer_d = optimizer_g, optimizer_d
         self.update, self.precision = update, precision
@@ -113,9 +117,11 @@ class ReferenceStep:
         self.scaler.step(self.optimizer_d)
 
         self.optimizer_g.zero_grad(set_to_none=True)
+        self.discriminator.requires_grad_(not self.freeze)
         logits_after = self.discriminate(fake)
         loss_g = bce(logits_after, real=True)
         self.scaler.scale(loss_g).backward()
+        self.discriminator.requires_grad_(True)
         self.scaler.step(self.optimizer_g)
         self.scaler.update()
         return self._metrics(loss_real + loss_fake, loss_g, logits_real, logits_fake, logits_after)

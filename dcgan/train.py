@@ -16,7 +16,10 @@ from dcgan.config import Config
 from dcgan.data import ImageSet, open_images
 from dcgan.errors import InputError, run_command
 from dcgan.report import write_report
+from dcgan.step import AUTOCAST_DTYPE
 from dcgan.trainer import Trainer
+from kernels import BACKENDS, BackendError, use_backend
+from kernels.dispatch import op_of, select
 
 
 class Parser(argparse.ArgumentParser):
@@ -84,7 +87,16 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--seed", type=int, metavar="N", help="of weights, noise and order (default: 0)")
 
     group = p.add_argument_group("how it runs")
-    group.add_argument("--fused", action="store_true", help="the fast path of the device, same numbers")
+    group.add_argument(
+        "--fused",
+        nargs="?",
+        const="stacks",
+        choices=("stacks", "modules"),
+        metavar="modules",
+        help="the fast path of the device, same numbers; `--fused modules` stops at one fused op a layer",
+    )
+    group.add_argument("--backend", choices=BACKENDS, help="of the fused modules' ops (default: auto)")
+    group.add_argument("--strict", action="store_true", help="a fused module that falls back to eager is an error")
     group.add_argument("--precision", choices=settings.PRECISIONS, help="auto (default): bf16 where fast, else fp32")
     group.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     group.add_argument("--deterministic", action="store_true", help="the same bits every time, on a GPU too")
@@ -124,25 +136,42 @@ def resolve(flags: dict) -> tuple[Config, ImageSet]:
     preset = flags.get("preset", "dcgan64" if device.type == "cuda" else "small32")
     defaults = PRESETS[preset]
     size = settings.image_size(flags, preset)
-    precision = settings.resolve_precision(flags.get("precision", "auto"), device, "fused" in flags)
+    precision = settings.resolve_precision(flags.get("precision", "auto"), device, flags.get("fused"))
     images = open_images(flags.get("data", "digits"), size, flags.get("channels"))
     count, channels = len(images.images), images.images.shape[3]
     arch = settings.resolve_arch(flags, preset, channels)
     batch_size = flags.get("batch_size", min(defaults.batch_size, count))
     if batch_size > count:
         raise InputError(f"--batch-size {batch_size} is larger than the data: {images.source} has {count} pictures")
+    if flags.get("fused") != "modules" and ("backend" in flags or "strict" in flags):
+        raise InputError("--backend and --strict are of --fused modules, which was not given")
     epochs = None if "steps" in flags else flags.get("epochs", defaults.epochs)
     steps = flags.get("steps") or epochs * -(-count // batch_size)
     chosen = {
         "data": images.source, "preset": preset, "image_size": size, "channels": channels, "dense": arch.dense,
         "nz": arch.nz, "ngf": arch.ngf, "ndf": arch.ndf, "batch_size": batch_size, "steps": steps, "epochs": epochs,
-        "update": "alternating", "fused": False, "precision": precision, "device": str(device), "seed": 0,
-        "deterministic": False, "flip": False, "ema": 0.0, "lr": 2e-4, "beta1": 0.5, "keep": 3, "tensorboard": False,
-        **settings.default_intervals(steps),
+        "update": "alternating", "fused": None, "backend": "auto", "strict": False, "precision": precision,
+        "device": str(device), "seed": 0, "deterministic": False, "flip": False, "ema": 0.0, "lr": 2e-4, "beta1": 0.5,
+        "keep": 3, "tensorboard": False, **settings.default_intervals(steps),
     }  # fmt: skip
     own = ("data", "preset", "image_size", "channels", "nz", "ngf", "ndf", "steps", "epochs", "precision", "device")
     chosen |= {name: value for name, value in flags.items() if name in chosen and name not in own}
-    return Config(**chosen), images
+    config = Config(**chosen)
+    check_backends(config)
+    return config, images
+
+
+def check_backends(config: Config) -> None:
+    """Raise InputError where a fused module could not run by the backend asked for, or not without a fallback."""
+    if config.fused != "modules":
+        return
+    dtype = AUTOCAST_DTYPE.get(config.precision, torch.float32)
+    try:
+        with use_backend(config.backend, config.strict):
+            for layer in config.arch.generator + config.arch.discriminator:
+                select(op_of(layer), layer, torch.device(config.device), dtype)
+    except BackendError as error:
+        raise InputError(f"--backend {config.backend}{' --strict' if config.strict else ''}: {error}") from None
 
 
 def resolve_resumed(flags: dict, run: Path) -> tuple[Config, ImageSet]:
@@ -165,6 +194,7 @@ def resolve_resumed(flags: dict, run: Path) -> tuple[Config, ImageSet]:
         config.epochs, config.steps = None, flags["steps"]
     for name in ("log_every", "sample_every", "checkpoint_every", "keep", "tensorboard"):
         setattr(config, name, flags.get(name, getattr(config, name)))
+    check_backends(config)
     return config, images
 
 
@@ -180,8 +210,6 @@ def apply_globally(config: Config) -> None:
 def describe(config: Config, images: ImageSet, trainer: Trainer) -> dict:
     """What the report and a reader of config.json want to know and no flag says."""
     device = torch.device(config.device)
-    layers = config.arch.generator + config.arch.discriminator
-    why = "eager PyTorch: --fused was not given" if not config.fused else "the eager launchers of kernels"
     return {
         "dataset": images.name,
         "images": len(images.images),
@@ -194,7 +222,7 @@ def describe(config: Config, images: ImageSet, trainer: Trainer) -> dict:
         "torch": torch.__version__,
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
-        "backends": [{"layer": layer.name, "backend": "eager", "why": why} for layer in layers],
+        "backends": trainer.backends(),
     }
 
 
@@ -207,9 +235,11 @@ def begin(flags: dict) -> tuple[Trainer, Config, Path]:
         config.resolved = describe(config, images, trainer)
         config.write(run)
         trainer.start()
-    except OSError as error:
+    except BaseException as error:  # Ctrl-C too: a directory without a checkpoint could not be resumed
         shutil.rmtree(run, ignore_errors=True)
-        raise InputError(f"--out {run} cannot be written: {error}") from None
+        if isinstance(error, OSError):
+            raise InputError(f"--out {run} cannot be written: {error}") from None
+        raise
     return trainer, config, run
 
 
@@ -239,13 +269,18 @@ def main(argv: list[str] | None = None) -> int:
     """The command; `argv` are its arguments, those of the process where None."""
     flags = vars(parser().parse_args(argv))
     trainer, config, run = resume(flags) if "resume" in flags else begin(flags)
+    with use_backend(config.backend, config.strict):
+        return train(trainer, config, run)
+
+
+def train(trainer: Trainer, config: Config, run: Path) -> int:
     if trainer.step >= config.steps:
         say(f"{run} has its {config.steps} steps already; --resume {run} --steps N goes on to N")
         return 0
     size, found = config.image_size, config.resolved
     say(
         f"{found['dataset']}: {found['images']:,} pictures, {size}×{size}×{config.channels} · {config.preset} on "
-        f"{found['device_name']}, {config.precision}{', fused' if config.fused else ''} · "
+        f"{found['device_name']}, {config.precision}{f', fused {config.fused}' if config.fused else ''} · "
         f"steps {trainer.step} to {config.steps} · {run}"
     )
     number = trainer.train()

@@ -1,9 +1,7 @@
 """A run: the loop around the step, its checkpoints, its samples, and what happens when something goes wrong."""
 
 import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import kernels
 from dcgan import checkpoint as checkpoints
 from dcgan.batches import Batches, Noise, derived_seed
 from dcgan.checkpoint import Checkpoint, CheckpointError
@@ -22,7 +21,9 @@ from dcgan.grid import save_grid
 from dcgan.model import Discriminator, Generator
 from dcgan.progress import MetricsLog, Progress
 from dcgan.signals import StopOnSignal
-from dcgan.step import METRICS, ReferenceStep, adam
+from dcgan.step import AUTOCAST_DTYPE, METRICS, ReferenceStep, adam
+from dcgan.stopwatch import Stopwatch
+from kernels.dispatch import op_of, select
 
 SAMPLES = 64
 ROLLBACKS = 3
@@ -30,39 +31,6 @@ ROLLBACKS = 3
 
 class NotFinite(ArithmeticError):
     """A loss or a weight became NaN or infinite."""
-
-
-class Clock:
-    """Training time in seconds and images per second, with samples and checkpoints left out."""
-
-    def __init__(self, device: torch.device, seconds: float = 0.0):
-        self.device, self.images = device, 0
-        self._before, self._since, self._lap = seconds, None, seconds
-
-    @property
-    def seconds(self) -> float:
-        return self._before + (time.perf_counter() - self._since if self._since is not None else 0.0)
-
-    def start(self) -> None:
-        self._since = time.perf_counter()
-
-    def stop(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self._before, self._since = self.seconds, None
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        self.stop()
-        yield
-        self.start()
-
-    def lap(self) -> float:
-        """Images per second since the last call, or since the start."""
-        seconds = self.seconds
-        rate = self.images / max(seconds - self._lap, 1e-9)
-        self._lap, self.images = seconds, 0
-        return rate
 
 
 class Trainer:
@@ -82,28 +50,48 @@ class Trainer:
         self.config, self.run, self.say, self.claim = config, run, say, claim
         device = self.device = torch.device(config.device)
         self.step = self.rollbacks = 0
-        self.clock = Clock(device)
+        self.clock = Stopwatch(device)
 
         initial = torch.Generator().manual_seed(derived_seed(config.seed, "weights"))
         self.generator = Generator(config.arch, initial).to(device)
         self.discriminator = Discriminator(config.arch, initial).to(device)
-        options = {"fused": config.fused, "lr": config.lr, "beta1": config.beta1}
+        if config.fused == "modules":
+            for model in (self.generator, self.discriminator):
+                kernels.fuse(model.to(memory_format=torch.channels_last))
+        options = {"fused": config.fused is not None, "lr": config.lr, "beta1": config.beta1}
         self.optimizer_g = adam(self.generator, **options)
         self.optimizer_d = adam(self.discriminator, **options)
+        parts = (self.generator, self.discriminator, self.optimizer_g, self.optimizer_d)
+        if config.fused == "stacks":
+            self.update = FusedStep(*parts, config.update, config.precision)
+        else:
+            self.update = ReferenceStep(*parts, config.update, config.precision, freeze=config.fused == "modules")
         self.average = None
-        if config.ema:
+        if config.ema:  # made after the step, so that the average has the weights' memory format
             average = get_ema_multi_avg_fn(config.ema)
             self.average = AveragedModel(self.generator, multi_avg_fn=average, use_buffers=True)
-        step = FusedStep if config.fused else ReferenceStep
-        self.update = step(
-            self.generator, self.discriminator, self.optimizer_g, self.optimizer_d, config.update, config.precision
-        )
-        self.batches = Batches(images.images, config.batch_size, config.seed, config.flip, device, config.fused)
+        channels_last = config.fused is not None
+        self.batches = Batches(images.images, config.batch_size, config.seed, config.flip, device, channels_last)
         self.noise = Noise(config.nz, config.seed, device)
         self.sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
         self.summed = 0
         self.metrics = MetricsLog(run / "metrics.jsonl", run / "tensorboard" if config.tensorboard else None)
         self.saved: Path | None = None
+
+    def backends(self) -> list[dict[str, str]]:
+        """What runs each layer and why, for config.json and the report."""
+        arch = self.config.arch
+        if self.config.fused == "stacks":
+            return self.update.backends()
+        if self.config.fused is None:
+            layers = arch.generator + arch.discriminator
+            return [{"layer": layer.name, "backend": "eager", "why": "--fused was not given"} for layer in layers]
+        dtype = AUTOCAST_DTYPE.get(self.config.precision, torch.float32)
+        return [
+            {"layer": layer.name, **choice._asdict()}
+            for layer in arch.generator + arch.discriminator
+            for choice in [select(op_of(layer), layer, self.device, dtype, self.config.backend)]
+        ]
 
     # State: what a checkpoint holds
 
@@ -132,7 +120,7 @@ class Trainer:
         """Take the state of `saved` for this run's own."""
         state = saved.state
         self.step, self.rollbacks = saved.step, state["rollbacks"]
-        self.clock = Clock(self.device, state["seconds"])
+        self.clock = Stopwatch(self.device, state["seconds"])
         self.generator.load_state_dict(saved.models["generator"])
         self.discriminator.load_state_dict(saved.models["discriminator"])
         if self.average is not None:

@@ -1,11 +1,17 @@
-"""One layer's shapes, GEMM views, operations and bytes. No torch: the vocabulary that every other part shares.
+"""One layer's shapes, GEMM views, operations and bytes, and what may follow its product. No torch at run time: the
+vocabulary that every other part shares.
 
 Shape letters, here and everywhere: `N C H W` batch, channels, height, width; `R S` kernel taps; `M N K` the rows,
 columns and reduction of the matrix product a convolution amounts to.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Kind = Literal["conv", "conv_transpose"]
 Activation = Literal["none", "relu", "leaky_relu", "tanh"]
@@ -100,3 +106,50 @@ class Layer:
         if self.stride == 1:  # one pixel to a kernel-sized patch
             return Gemm(small, taps * high, low)
         return Gemm(small * self.stride**2, high, taps // self.stride**2 * low)
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What a GEMM does with its accumulator before it leaves the registers.
+
+    Forward: apply an activation, or keep the output raw and take its batch-norm statistics. Backward, where the
+    accumulator is the gradient of the previous layer's activated output: multiply it by the activation's derivative,
+    and where that layer has batch norm, also sum g and g·x̂.
+
+    Args:
+        activation: `none`, `relu`, `leaky_relu` or `tanh`: applied to the output, or, with `saved`, differentiated.
+        slope: of leaky_relu.
+        groups: the batch is this many equal groups of images, each with its own statistics (real | fake).
+        statistics: forward: mean and M2 of each tile's raw output; then `activation` must be `none`.
+        saved: backward: what the previous layer kept, shaped as the output: its activated output, or, with `state`,
+            its raw convolution output.
+        state: backward: that layer's batch-norm state (4, groups, C) float32 of `STATE`.
+    """
+
+    activation: Activation = "none"
+    slope: float = 0.2
+    groups: int = 1
+    statistics: bool = False
+    saved: Tensor | None = None
+    state: Tensor | None = None
+
+    @property
+    def mode(self) -> str:
+        if self.saved is None:
+            return "statistics" if self.statistics else "activation"
+        return "activation_grad" if self.state is None else "batch_norm_grad"
+
+
+class Partials(NamedTuple):
+    """What the tiles of a GEMM leave for the finalize kernels to merge, always in tile order.
+
+    values: (2, groups, tiles, C) float32: mean and M2 (`statistics`), or Σg and Σg·x̂ (`batch_norm_grad`).
+    counts: (groups, tiles) float32: output pixels of each tile; None for the sums.
+    """
+
+    values: Tensor
+    counts: Tensor | None
+
+
+STATE = ("mean", "rstd", "scale", "shift")
+"""Rows of a batch-norm state (4, groups, C) float32: x̂ = (y − mean)·rstd, and weight·x̂ + bias = scale·y + shift."""

@@ -65,6 +65,7 @@ FORMS = {
     "eager": [],
     "fused": ["--fused", "--flip", "--ema", "0.9"],
     "fused fp32, simultaneous": ["--fused", "--precision", "fp32", "--update", "simultaneous"],
+    "fused modules": ["--fused", "modules", "--precision", "fp32"],
     "eager, simultaneous": ["--update", "simultaneous", "--ema", "0.5"],
 }
 
@@ -147,7 +148,7 @@ def test_a_run_leaves_what_the_design_names(tmp_path):
         *(f"checkpoints/step_{step}/{file}" for step in ("00000008", "00000010") for file in files),
     }
     config = json.loads((tmp_path / "r" / "config.json").read_text())
-    assert config["batch_size"] == 128 and config["precision"] in ("fp32", "bf16") and config["fused"] is False
+    assert config["batch_size"] == 128 and config["precision"] in ("fp32", "bf16") and config["fused"] is None
     assert [line["step"] for line in metrics(tmp_path / "r")] == [2, 4, 6, 8, 10]
     assert all(0 < line["d_real"] < 1 for line in metrics(tmp_path / "r"))
 
@@ -306,6 +307,10 @@ def test_a_disk_that_fills_up_later_costs_a_warning(tmp_path, monkeypatch, capsy
         ("--resume no/such/run", "no/such/run"),
         ("--resume .", "not a run directory"),
         ("--frobnicate", "--frobnicate"),
+        ("--fused everything", "--fused"),
+        ("--fused --strict", "--backend and --strict are of --fused modules"),
+        ("--fused modules --backend cuda", "kernels._C is not built"),
+        ("--fused modules --backend triton --device cpu", "need a CUDA device"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, said):

@@ -1,0 +1,147 @@
+"""The three products of a convolution layer, and which way of computing them suits a layer.
+
+Every layer of a DCGAN joins a `high` map, the larger, to a `low` one by a weight (C_low, C_high, R, S), which is
+PyTorch's order for a convolution from high to low and for a transposed convolution from low to high alike:
+
+    to_low       a convolution's forward; a transposed convolution's data gradient
+    to_high      a convolution's data gradient; a transposed convolution's forward
+    weight_grad  the same for both
+
+A product class takes each operand in its own form, made once and used twice: `packed = pack(weight)`, `h = high(map)`,
+`l = low(map)`; then `to_low(h, packed)` and `to_high(l, packed)` return maps and `weight_grad(h, l, out)` writes a
+gradient. A high map that was written to `high_map(images)` is where `high` wants it. Maps are NCHW-shaped in
+channels_last memory and of the class's dtype; master weights and their gradients keep their own. What a method returns
+is overwritten by its next call, or may be.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.geometry import Layer
+from kernels.pool import Pool
+from kernels.tiles import TiledProduct, nchw, nhwc
+
+TILED_CHANNELS = 64 * 128
+"""Low channels times high from which the tiled products pay; below, the transforms cost more than they save. One Zen 4
+core, the library's time over theirs: 32 × 64 channels 0.7 to 0.9, 64 × 128 0.9 to 1.1, 128 × 256 1.3, 256 × 512 1.5."""
+
+IMAGES_AT_ONCE = 16
+"""Images in a call of the library whose result is copied to a buffer: few enough for it to stay in cache."""
+
+
+class LibraryProduct:
+    """PyTorch's own convolutions (oneDNN, cuDNN): any kernel, stride and padding, any device."""
+
+    def __init__(self, layer: Layer, low: int, high: int, dtype: torch.dtype, pool: Pool):
+        self.name, self.dtype, self.pool = layer.name, dtype, pool
+        self.stride, self.padding = [layer.stride] * 2, [layer.padding] * 2
+        self.weight_shape = (low, high, layer.kernel, layer.kernel)
+        self.map_shape = (high, *[max(layer.in_size, layer.out_size)] * 2)
+
+    def pack(self, weight: Tensor) -> Tensor:
+        return weight.to(self.dtype, memory_format=torch.channels_last)
+
+    def high_map(self, images: int) -> Tensor:
+        return self.pool.images(f"{self.name}.high_map", (images, *self.map_shape), self.dtype)
+
+    def high(self, images: Tensor) -> Tensor:
+        return images.contiguous(memory_format=torch.channels_last)
+
+    low = high
+
+    def to_low(self, high: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(high, weight, stride=self.stride, padding=self.padding)
+
+    def to_high(self, low: Tensor, weight: Tensor) -> Tensor:
+        return F.conv_transpose2d(low, weight, stride=self.stride, padding=self.padding)
+
+    def weight_grad(self, high: Tensor, low: Tensor, out: Tensor) -> None:
+        shape = high.new_empty(()).expand(self.weight_shape)  # the library asks for a weight and reads its shape
+        _, gradient, _ = torch.ops.aten.convolution_backward(
+            low, high, shape, None, self.stride, self.padding, [1, 1], False, [0, 0], 1, [False, True, False]
+        )
+        out.copy_(gradient)
+
+
+class ImageProduct(LibraryProduct):
+    """The layer next to the image (C ≤ 4), k4 s2 p1, on a CPU: the library but for `to_high`.
+
+    With rows 2p + φ − 1 and taps 2k + φ, the transposed convolution is a 2×2 convolution of stride 1 onto 4C channels,
+    one C for each φ of height and width, whose pixels are then interleaved. oneDNN runs it 2.5 to 3 times as fast
+    (64 images, 64 → 3 channels, two Zen 4 cores: 14.4 → 5.2 ms in fp32, 9.1 → 3.4 in bf16).
+    """
+
+    def pack(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        low, high, _, _ = weight.shape
+        weight = super().pack(weight)
+        taps = weight.view(low, high, 2, 2, 2, 2).permute(3, 5, 1, 0, 2, 4)  # φ, φ, C, C', k, k
+        return weight, taps.reshape(4 * high, low, 2, 2).flip(2, 3).contiguous(memory_format=torch.channels_last)
+
+    def to_low(self, high: Tensor, weight: tuple[Tensor, Tensor]) -> Tensor:
+        """The library's, `IMAGES_AT_ONCE`: its output is a fresh tensor each time; a large one costs page faults."""
+        n, low = high.shape[0], self.weight_shape[0]
+        out = self.pool.images(f"{self.name}.to_low", (n, low, *[size // 2 for size in self.map_shape[1:]]), self.dtype)
+        for part, out_part in zip(high.split(IMAGES_AT_ONCE), out.split(IMAGES_AT_ONCE), strict=True):
+            out_part.copy_(super().to_low(part, weight[0]))
+        return out
+
+    def to_high(self, low: Tensor, weight: tuple[Tensor, Tensor]) -> Tensor:
+        n, _, p, _ = low.shape
+        c = self.weight_shape[1]
+        phases = nhwc(F.conv2d(low, weight[1], padding=1)).unflatten(3, (2, 2, c))  # N, P + 1, P + 1, φ, φ, C
+        out = self.pool.take(f"{self.name}.to_high", (n, p + 1, 2, p + 1, 2, c), self.dtype)
+        out.copy_(phases.transpose(2, 3))
+        return nchw(out.view(n, 2 * p + 2, 2 * p + 2, c)[:, 1:-1, 1:-1])
+
+
+class PatchProduct:
+    """A layer between one pixel and a patch of the kernel's size: G's first and D's last, plain matrix products.
+
+    With one low channel, D's logits, everything is computed in at least float32: there the products are small and the
+    result feeds a loss.
+    """
+
+    def __init__(self, layer: Layer, low: int, high: int, dtype: torch.dtype, pool: Pool):
+        self.name, self.pool = layer.name, pool
+        self.maps, self.size, self.channels = dtype, layer.kernel, high
+        self.dtype = torch.promote_types(dtype, torch.float32) if low == 1 else dtype
+
+    def pack(self, weight: Tensor) -> Tensor:
+        return nhwc(weight).flatten(1).to(self.dtype)
+
+    def high_map(self, images: int) -> Tensor:
+        return self.pool.images(f"{self.name}.high_map", (images, self.channels, self.size, self.size), self.maps)
+
+    def high(self, images: Tensor) -> Tensor:
+        return nhwc(images).flatten(1).to(self.dtype)
+
+    def low(self, images: Tensor) -> Tensor:
+        return images.flatten(1).to(self.dtype)
+
+    def to_low(self, high: Tensor, weight: Tensor) -> Tensor:
+        return (high @ weight.t())[:, :, None, None]
+
+    def to_high(self, low: Tensor, weight: Tensor) -> Tensor:
+        return nchw((low @ weight).to(self.maps).view(-1, self.size, self.size, self.channels))
+
+    def weight_grad(self, high: Tensor, low: Tensor, out: Tensor) -> None:
+        nhwc(out).copy_((low.t() @ high).view(nhwc(out).shape))
+
+
+Product = LibraryProduct | ImageProduct | PatchProduct | TiledProduct
+
+
+def choose(layer: Layer, dtype: torch.dtype, pool: Pool) -> Product:
+    """The way to compute `layer`, by its geometry and the device as measured in docs/cpu.md; nothing is timed here."""
+    low, high, _, _ = layer.weight_shape
+    smaller = min(layer.in_size, layer.out_size)
+    kind: type = LibraryProduct
+    if smaller == 1:
+        kind = PatchProduct
+    elif pool.device.type == "cpu" and (layer.kernel, layer.stride, layer.padding) == (4, 2, 1):
+        if high <= 4:
+            kind = ImageProduct
+        elif smaller % 2 == 0 and low * high >= TILED_CHANNELS:
+            kind = TiledProduct
+    return kind(layer, low, high, dtype, pool)
