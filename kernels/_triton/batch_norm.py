@@ -1,0 +1,238 @@
+"""Batch norm forward, NHWC: statistics of each group, merged from tiles; the apply with its activation.
+
+The statistics come as (count, mean, M2) of each tile, M2 = Σ(y − mean)², from a convolution's epilogue or from
+`statistics` here, and are merged by Chan, Golub and LeVeque's formula (1979, "Updating formulae and a pairwise
+algorithm for computing sample variances", eq. 2.1), in tile order: E[y²] − mean² would cancel, and turns negative.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels._triton.config import cdiv, power_of_two
+from kernels._triton.epilogue import activate
+from kernels._triton.launch import Job, Launch, check_nhwc, check_tensor
+from kernels.geometry import Activation, Partials
+
+TILE_ELEMENTS = 4096
+MERGED_TILES = 64
+MERGED_CHANNELS = 16
+
+
+def row_tile(channels: int) -> tuple[int, int]:
+    """Rows and channels of an elementwise program: up to 128 channels, `TILE_ELEMENTS` in all."""
+    columns = min(128, power_of_two(channels))
+    return TILE_ELEMENTS // columns, columns
+
+
+def row_grid(rows: int, groups: int, channels: int) -> tuple[tuple[int, int], int]:
+    """The grid of elementwise programs over groups of `rows` rows, and the row tiles of a group."""
+    height, width = row_tile(channels)
+    tiles = cdiv(rows, height)
+    return (groups * tiles, cdiv(channels, width)), tiles
+
+
+@triton.jit
+def locate(rows, tiles, C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+    """An elementwise program's group, tile, offsets (BR, BC) int64 and their mask, channels (BC,), mask of the rows."""
+    pid = tl.program_id(0)
+    group, tile = pid // tiles, pid % tiles
+    r = tile * BR + tl.arange(0, BR)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    offsets = (group * rows + r).to(tl.int64)[:, None] * C + c[None, :]
+    return group, tile, offsets, (r < rows)[:, None] & (c < C)[None, :], c, r < rows
+
+
+@triton.jit
+def statistics_kernel(y, values, counts, rows, groups, tiles, C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+    """Mean and M2 of each channel of a tile of y.
+
+    Tile: BR pixels by BC channels of one group.
+    Bytes: y once.
+    Accumulates in fp32, about the tile's own mean.
+    Beats the library by nothing: for outputs of a library's GEMM, which has no epilogue of ours.
+    """
+    group, tile, offsets, mask, c, valid = locate(rows, tiles, C, BR, BC)
+    x = tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32)
+    n = tl.sum(valid.to(tl.float32), 0)
+    mean = tl.sum(x, 0) / n
+    off = tl.where(mask, x - mean[None, :], 0.0)
+    at = (group * tiles + tile) * C + c
+    tl.store(values + at, mean, mask=c < C)
+    tl.store(values + groups * tiles * C + at, tl.sum(off * off, 0), mask=c < C)
+    tl.store(counts + group * tiles + tile, n)
+
+
+@triton.jit
+def merge_statistics_kernel(
+    values, counts, weight, bias, running_mean, running_var, tracked, state, groups, tiles, eps, momentum,
+    C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """mean, rstd, scale and shift of each group from its tiles; running ← (1 − momentum)·running + momentum·new.
+
+    Tile: BC channels, all groups in turn (the running statistics move once a group, in order), BT tiles at a time.
+    Bytes: 8 a tile and channel, out of L2 as they were just written.
+    Accumulates in fp32 by Chan's formula, in tile order: the same bits each run.
+    Beats the library by reading the partials and not the tensor, which is hundreds of times larger.
+    """
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    inside = c < C
+    gamma = tl.load(weight + c, mask=inside, other=0.0)
+    beta = tl.load(bias + c, mask=inside, other=0.0)
+    for group in range(groups):
+        count = tl.zeros((1,), tl.float32)
+        mean, m2 = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
+        for first in range(0, tiles, BT):
+            t = first + tl.arange(0, BT)
+            n = tl.load(counts + group * tiles + t, mask=t < tiles, other=0.0)
+            at = (group * tiles + t)[:, None] * C + c[None, :]
+            mask = (t < tiles)[:, None] & inside[None, :]
+            means = tl.load(values + at, mask=mask, other=0.0)
+            squares = tl.load(values + groups * tiles * C + at, mask=mask, other=0.0)
+            n_new = tl.sum(n, 0)
+            mean_new = tl.sum(n[:, None] * means, 0) / n_new
+            off = means - mean_new[None, :]
+            m2_new = tl.sum(squares + n[:, None] * off * off, 0)
+            delta, total = mean_new - mean, count + n_new
+            mean += delta * (n_new / total)
+            m2 += m2_new + delta * delta * (count * n_new / total)
+            count = total
+        rstd = 1 / tl.sqrt_rn(m2 / count + eps)
+        scale = gamma * rstd
+        at, row = group * C + c, groups * C
+        tl.store(state + at, mean, mask=inside)
+        tl.store(state + row + at, rstd, mask=inside)
+        tl.store(state + 2 * row + at, scale, mask=inside)
+        tl.store(state + 3 * row + at, beta - mean * scale, mask=inside)
+        if running_mean is not None:
+            old_mean = tl.load(running_mean + c, mask=inside, other=0.0)
+            old_var = tl.load(running_var + c, mask=inside, other=0.0)
+            tl.store(running_mean + c, old_mean + momentum * (mean - old_mean), mask=inside)
+            tl.store(running_var + c, old_var + momentum * (m2 / (count - 1) - old_var), mask=inside)
+    if tracked is not None and tl.program_id(0) == 0:
+        tl.store(tracked, tl.load(tracked) + groups)
+
+
+@triton.jit
+def apply_kernel(
+    y, state, out, rows, groups, tiles, C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+):  # fmt: skip
+    """out = activation(scale·y + shift), by channel and group.
+
+    Tile: BR pixels by BC channels of one group.
+    Bytes: y and out once, 16-byte vectors.
+    Computes in fp32, rounded once.
+    Beats the library's three kernels (statistics, apply, activation) by being the one that is left.
+    """
+    group, _, offsets, mask, c, _ = locate(rows, tiles, C, BR, BC)
+    at = group * C + c
+    scale = tl.load(state + 2 * groups * C + at, mask=c < C, other=0.0)
+    shift = tl.load(state + 3 * groups * C + at, mask=c < C, other=0.0)
+    z = tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32) * scale[None, :] + shift[None, :]
+    tl.store(out + offsets, activate(z, ACTIVATION, SLOPE).to(out.dtype.element_ty), mask=mask)
+
+
+def rows_of(name: str, tensor: Tensor, groups: int) -> int:
+    """Pixels of one group; ValueError where `tensor` is not (N, H, W, C) or `groups` does not divide N."""
+    check_nhwc(name, tensor)
+    images = tensor.shape[0]
+    if groups < 1 or images % groups:
+        raise ValueError(f"groups is {groups}: it must divide the batch of {images}")
+    return images // groups * tensor.shape[1] * tensor.shape[2]
+
+
+def prepare_statistics(y: Tensor, groups: int = 1) -> Job:
+    """The job of `statistics`; see there."""
+    rows, channels = rows_of("y", y, groups), y.shape[3]
+    grid, tiles = row_grid(rows, groups, channels)
+    values = y.new_empty((2, groups, tiles, channels), dtype=torch.float32)
+    counts = values.new_empty((groups, tiles))
+    height, width = row_tile(channels)
+    arguments = {
+        "y": y, "values": values, "counts": counts, "rows": rows, "groups": groups, "tiles": tiles,
+        "C": channels, "BR": height, "BC": width,
+    }  # fmt: skip
+    return Job((Launch(statistics_kernel, grid, arguments),), Partials(values, counts))
+
+
+def statistics(y: Tensor, groups: int = 1) -> Partials:
+    """Per-tile mean and M2 of y (N, H, W, C), for `merge_statistics`: where the GEMM has no epilogue (G's head)."""
+    return prepare_statistics(y, groups).run()
+
+
+def prepare_merge_statistics(
+    partials: Partials, weight: Tensor, bias: Tensor, running_mean: Tensor | None = None,
+    running_var: Tensor | None = None, tracked: Tensor | None = None, eps: float = 1e-5, momentum: float = 0.1,
+    rows: int | None = None,
+) -> Job:  # fmt: skip
+    """The job of `merge_statistics`; see there."""
+    _, groups, tiles, channels = partials.values.shape
+    if rows == 1:
+        raise ValueError("a group has 1 value a channel: training-mode batch norm needs at least 2")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var: give both or neither")
+    check_tensor("partials.values", partials.values, (2, groups, tiles, channels), torch.float32, None)
+    if partials.counts is None:
+        raise ValueError("partials.counts is None: these are a gradient's sums, not statistics")
+    check_tensor("partials.counts", partials.counts, (groups, tiles), torch.float32, partials.values)
+    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    for name, vector in vectors.items():
+        if vector is not None:
+            check_tensor(name, vector, (channels,), torch.float32, partials.values)
+    if tracked is not None:
+        check_tensor("tracked", tracked, (), torch.int64, partials.values)
+    state = partials.values.new_empty((4, groups, channels))
+    arguments = {
+        "values": partials.values, "counts": partials.counts, **vectors, "tracked": tracked, "state": state,
+        "groups": groups, "tiles": tiles, "eps": eps, "momentum": momentum,
+        "C": channels, "BT": MERGED_TILES, "BC": MERGED_CHANNELS,
+    }  # fmt: skip
+    return Job((Launch(merge_statistics_kernel, (cdiv(channels, MERGED_CHANNELS),), arguments),), state)
+
+
+def merge_statistics(
+    partials: Partials, weight: Tensor, bias: Tensor, running_mean: Tensor | None = None,
+    running_var: Tensor | None = None, tracked: Tensor | None = None, eps: float = 1e-5, momentum: float = 0.1,
+    rows: int | None = None,
+) -> Tensor:  # fmt: skip
+    """The batch-norm state from the tiles' statistics; moves the running statistics.
+
+    Args:
+        partials: of `conv`, `conv_transpose` or `statistics`.
+        weight, bias: batch norm's own, (C,) float32.
+        running_mean, running_var: (C,) float32, moved in place once a group, in order, with the unbiased variance.
+        tracked: `num_batches_tracked`, () int64, grows by the number of groups.
+        eps, momentum: as in BatchNorm2d.
+        rows: pixels of a group where the caller knows: 1 is refused, as BatchNorm2d refuses it.
+
+    Returns:
+        (4, groups, C) float32, rows as in `kernels.geometry.STATE`.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+    """
+    return prepare_merge_statistics(
+        partials, weight, bias, running_mean, running_var, tracked, eps, momentum, rows
+    ).run()
+
+
+def prepare_apply(y: Tensor, state: Tensor, activation: Activation = "none", slope: float = 0.2) -> Job:
+    """The job of `apply`; see there."""
+    groups, channels = state.shape[1], y.shape[-1]
+    rows = rows_of("y", y, groups)
+    check_tensor("state", state, (4, groups, channels), torch.float32, y)
+    grid, tiles = row_grid(rows, groups, channels)
+    height, width = row_tile(channels)
+    out = torch.empty_like(y)
+    arguments = {
+        "y": y, "state": state, "out": out, "rows": rows, "groups": groups, "tiles": tiles,
+        "C": channels, "BR": height, "BC": width, "ACTIVATION": activation, "SLOPE": slope,
+    }  # fmt: skip
+    return Job((Launch(apply_kernel, grid, arguments),), out)
+
+
+def apply(y: Tensor, state: Tensor, activation: Activation = "none", slope: float = 0.2) -> Tensor:
+    """activation(weight·x̂ + bias) of a raw output y (N, H, W, C), by its state (4, groups, C); y's dtype."""
+    return prepare_apply(y, state, activation, slope).run()

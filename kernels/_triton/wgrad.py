@@ -1,0 +1,147 @@
+"""wgrad k4 s2 p1, NHWC: the weight gradient of both convolutions, since each is the other's data gradient."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels._triton.config import FLAT_CHANNELS, WgradConfig, cdiv, wgrad_config
+from kernels._triton.launch import (
+    PRECISIONS,
+    Job,
+    Launch,
+    arch_of,
+    box_view,
+    check_nhwc,
+    check_tensor,
+    halves_view,
+    on_tensor_cores,
+)
+
+REDUCE_BLOCK = 1024
+
+
+@triton.jit
+def wgrad_kernel(
+    low, high, out, images,
+    H: tl.constexpr, W: tl.constexpr, L: tl.constexpr, C: tl.constexpr,
+    BI: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, FLAT: tl.constexpr,
+):  # fmt: skip
+    """out[s,l,ky,kx,c] = Σ_{n,y,x of share s} low[n,y,x,l] · high[n,2y+ky−1,2x+kx−1,c].
+
+    Tile: BM low channels by BN high channels of one tap, or, FLAT, by BN of the 16·C taps and channels in a row; a box
+        of BI×BH×BW pixels is one step of the reduction.
+    Bytes: low, high and the SPLIT shares once; from L2 low ⌈C/BN⌉·16 times and high ⌈L/BM⌉·4 times.
+    Accumulates in fp32; a share takes every SPLIT-th box and has its own place, so no order is left to chance.
+    Beats the library's deterministic choice, which is not split and leaves most SMs idle where the weight is small.
+    """
+    BK: tl.constexpr = BI * BH * BW
+    TW: tl.constexpr = (W + BW - 1) // BW
+    TH: tl.constexpr = (H + BH - 1) // BH
+    CB: tl.constexpr = (C + BN - 1) // BN
+    BLOCKS: tl.constexpr = (16 * C + BN - 1) // BN if FLAT else 16 * CB
+    pid = tl.program_id(0)  # neighbours share their pixels, for all taps and channels
+    block, share = pid % BLOCKS, pid // BLOCKS
+    row, share = share % ((L + BM - 1) // BM) * BM, share // ((L + BM - 1) // BM)
+    tap, column = block // CB, block % CB * BN
+    ky, kx = tap // 4, tap % 4
+
+    m, n = row + tl.arange(0, BM), column + tl.arange(0, BN)
+    f = block * BN + tl.arange(0, BN)
+    if FLAT:  # each column has its own tap
+        ky, kx, n = (f // (4 * C))[None, :], (f // C % 4)[None, :], f % C
+    else:
+        f = tap * C + n
+    inside = (f < 16 * C) if FLAT else (n < C)
+    r = tl.arange(0, BK)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for box in range(share, (images + BI - 1) // BI * TH * TW, SPLIT):
+        w0, h0, n0 = box % TW * BW, box // TW % TH * BH, box // (TW * TH) * BI
+        if TMA:
+            a = low.load([n0, h0, w0, row]).reshape(BK, BM)  # zeros past the picture silence what high has there
+            b = high.load([n0, h0 + (ky + 1) // 2 - 1, (ky + 1) % 2, w0 + (kx + 1) // 2 - 1, (kx + 1) % 2 * C + column])
+            b = b.reshape(BK, BN)
+        else:
+            image, y, x = n0 + r // (BW * BH), h0 + r // BW % BH, w0 + r % BW
+            valid = (image < images) & (y < H) & (x < W)
+            iy, ix = (2 * y - 1)[:, None] + ky, (2 * x - 1)[:, None] + kx
+            seen = valid[:, None] & (iy >= 0) & (iy < 2 * H) & (ix >= 0) & (ix < 2 * W)
+            pixel = ((image * H + y) * W + x).to(tl.int64)
+            above = ((image[:, None] * 2 * H + iy) * 2 * W + ix).to(tl.int64)
+            a = tl.load(low + pixel[:, None] * L + m[None, :], valid[:, None] & (m < L)[None, :], 0.0)
+            b = tl.load(high + above * C + n[None, :], seen & inside[None, :], 0.0)
+        acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
+    place = (share * L + m)[:, None].to(tl.int64) * (16 * C) + f[None, :]
+    tl.store(out + place, acc, mask=(m < L)[:, None] & inside[None, :])
+
+
+@triton.jit
+def sum_shares_kernel(shares, out, size, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+    """out[i] = Σ_s shares[s,i], from s = 0 on.
+
+    Tile: BLOCK elements of the gradient, all their shares.
+    Bytes: 4·(SPLIT + 1) an element, out of L2 as the shares were just written.
+    Accumulates in fp32, in the same order every time.
+    Beats atomics by giving the same bits run after run.
+    """
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for s in range(SPLIT):
+        total += tl.load(shares + s * size + i, mask=i < size, other=0.0)
+    tl.store(out + i, total, mask=i < size)
+
+
+def prepare_wgrad(
+    low: Tensor, high: Tensor, precision: str = "ieee", config: WgradConfig | None = None, arch: int | None = None
+) -> Job:
+    """The job of `wgrad`; see there. The default tile is that of capability `arch`, the device's own where None."""
+    check_nhwc("low", low)
+    check_nhwc("high", high, low)
+    images, h, w, rows = low.shape
+    channels = high.shape[3]
+    check_tensor("high", high, (images, 2 * h, 2 * w, channels), low.dtype, low)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}: accepted are {PRECISIONS}")
+    itemsize = low.element_size()
+    c = config or wgrad_config(
+        images, h, w, rows, channels, itemsize, arch or arch_of(low), on_tensor_cores(low, precision)
+    )
+    if c.tma and (rows * itemsize % 16 or channels * itemsize % 16):
+        raise ValueError(f"{c} is of TMA loads: {rows} and {channels} channels must be multiples of 16 bytes")
+    gradient = low.new_empty((rows, 4, 4, channels), dtype=torch.float32)
+    shares = gradient if c.split == 1 else gradient.new_empty((c.split, *gradient.shape))
+    box, flat = (c.images, c.height, c.width), not c.tma and channels < FLAT_CHANNELS
+    arguments = {
+        "low": box_view(low, tuple(low.shape), (*box, c.rows)) if c.tma else low,
+        "high": halves_view(high, box, c.columns) if c.tma else high,
+        "out": shares, "images": images, "H": h, "W": w, "L": rows, "C": channels,
+        "BI": c.images, "BH": c.height, "BW": c.width, "BM": c.rows, "BN": c.columns, "SPLIT": c.split,
+        "PRECISION": precision, "TMA": c.tma, "FLAT": flat,
+    }  # fmt: skip
+    blocks = cdiv(16 * channels, c.columns) if flat else 16 * cdiv(channels, c.columns)
+    grid = (c.split * cdiv(rows, c.rows) * blocks,)
+    launches = [Launch(wgrad_kernel, grid, arguments, c.warps, c.stages)]
+    if c.split > 1:
+        size = gradient.numel()
+        arguments = {"shares": shares, "out": gradient, "size": size, "SPLIT": c.split, "BLOCK": REDUCE_BLOCK}
+        launches.append(Launch(sum_shares_kernel, (cdiv(size, REDUCE_BLOCK),), arguments))
+    return Job(tuple(launches), gradient)
+
+
+def wgrad(low: Tensor, high: Tensor, precision: str = "ieee", config: WgradConfig | None = None) -> Tensor:
+    """Weight gradient of a k4 s2 p1 convolution or transposed convolution.
+
+    Args:
+        low: (N, H, W, L): a convolution's output gradient, or a transposed convolution's input.
+        high: (N, 2H, 2W, C) of low's dtype: a convolution's input, or a transposed convolution's output gradient.
+        precision, config: as for `conv`.
+
+    Returns:
+        (L, 4, 4, C) float32, the packed weight's layout; permuted by (0, 3, 1, 2) it is the parameter's gradient, of
+        Conv2d and of ConvTranspose2d alike.
+
+    Raises:
+        ValueError: a shape, dtype, layout or configuration that does not fit, by name.
+    """
+    return prepare_wgrad(low, high, precision, config).run()

@@ -1,0 +1,103 @@
+"""The weight gradient against its twin: every geometry of the family, both load paths."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from interpreter import BOTH_PATHS, EVERY_GEOMETRY, assert_accurate, generated, only_interpreted, run_guarded, tensor
+
+from kernels import reference
+
+only_interpreted()
+
+from kernels._triton.config import WgradConfig, pixel_box  # noqa: E402
+from kernels._triton.wgrad import prepare_wgrad  # noqa: E402
+
+
+def check_wgrad(images, height, width, low, high, config=None, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    small = tensor(generator, images, height, width, low, dtype=dtype)
+    large = tensor(generator, images, 2 * height, 2 * width, high, dtype=dtype)
+    ours = run_guarded(prepare_wgrad(small, large, config=config), small, large)
+    oracle = reference.wgrad(small.double(), large.double())
+    assert_accurate(ours, reference.wgrad(small, large), oracle, "wgrad", terms=images * height * width)
+
+
+@pytest.mark.parametrize("size, tma", EVERY_GEOMETRY)
+def test_every_geometry(size, tma):
+    pixels = 32 if size <= 16 else 1024
+    check_wgrad(1, size, size, 16, 16, WgradConfig(*pixel_box(pixels, size, size), 16, 16, 2, 4, 2, tma))
+
+
+@BOTH_PATHS
+@pytest.mark.parametrize(
+    "images, height, width, low, high, rows, columns, split",
+    [
+        pytest.param(1, 4, 4, 16, 16, 16, 16, 1, id="batch 1, one share"),
+        pytest.param(3, 4, 4, 24, 24, 32, 32, 2, id="odd batch, channels no multiple of the tile"),
+        pytest.param(2, 7, 7, 16, 16, 16, 16, 3, id="7×7"),
+        pytest.param(2, 3, 5, 16, 16, 16, 16, 2, id="height and width apart"),
+        pytest.param(1, 4, 4, 16, 16, 16, 16, 4, id="more shares than boxes"),
+    ],
+)
+def test_edges(images, height, width, low, high, rows, columns, split, tma):
+    config = WgradConfig(*pixel_box(16, height, width), rows, columns, split, 4, 2, tma)
+    check_wgrad(images, height, width, low, high, config)
+
+
+@BOTH_PATHS
+def test_in_half_precision(tma):
+    check_wgrad(2, 4, 4, 16, 16, WgradConfig(1, 4, 4, 16, 16, 2, 4, 2, tma), torch.float16)
+
+
+@pytest.mark.parametrize("low, high", [(16, 3), (17, 20), (1, 1)])
+def test_channels_that_tma_cannot_load(low, high):
+    check_wgrad(2, 4, 4, low, high)
+
+
+def test_deterministic():
+    generator = torch.Generator().manual_seed(0)
+    low, high = tensor(generator, 4, 4, 4, 16), tensor(generator, 4, 8, 8, 16)
+    config = WgradConfig(1, 4, 4, 16, 16, 3, 4, 2, True)
+    assert torch.equal(*(prepare_wgrad(low, high, config=config).run() for _ in range(2)))
+
+
+LOW, HIGH = torch.zeros(2, 4, 4, 24), torch.zeros(2, 8, 8, 16)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: prepare_wgrad(LOW, HIGH[:, :6]), "high has shape"),
+        (lambda: prepare_wgrad(LOW, HIGH.half()), "high is torch.float16: expected torch.float32"),
+        (lambda: prepare_wgrad(LOW, HIGH, precision="tf16"), "precision is 'tf16'"),
+        (
+            lambda: prepare_wgrad(LOW, torch.zeros(2, 8, 8, 3), config=WgradConfig(1, 4, 4, 16, 16, 1, 4, 2, True)),
+            "of 16",
+        ),
+    ],
+)
+def test_errors_name_the_argument(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@given(
+    images=st.integers(1, 5), height=st.integers(1, 9), width=st.integers(1, 9), low=st.integers(1, 40),
+    high=st.integers(1, 40), pixels=st.sampled_from([16, 32, 64]), columns=st.sampled_from([16, 32]),
+    split=st.integers(1, 4), tma=st.booleans(), seed=st.integers(0, 999),
+)  # fmt: skip
+def any_wgrad(images, height, width, low, high, pixels, columns, split, tma, seed):
+    if tma:
+        low, high = -(-low // 4) * 4, -(-high // 4) * 4
+    config = WgradConfig(*pixel_box(pixels, height, width), 16, columns, split, 4, 2, tma)
+    check_wgrad(images, height, width, low, high, config, seed=seed)
+
+
+def test_generated():
+    generated(any_wgrad, 5)
+
+
+@pytest.mark.long
+def test_generated_long():
+    generated(any_wgrad, 2000)
