@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	@touch $@
 
 train: install
-	@if [ -d $(RUN)/checkpoints ]; then $(BIN)/python -m dcgan.train --resume $(RUN); \
+	@if [ -e $(RUN)/config.json ]; then $(BIN)/python -m dcgan.train --resume $(RUN); \
 	else $(BIN)/python -m dcgan.train --fused --data digits --out $(RUN); fi
 
 test: install lint

@@ -122,17 +122,34 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int = 0) -> Path:
     if final.exists():  # of an abandoned course: a damaged one, or one that a rollback left behind
         shutil.rmtree(final)
     os.rename(aside, final)
-    _sync(folder)
+    with contextlib.suppress(OSError):  # it is there; only a power cut could still lose it
+        _sync(folder)
     if keep:
-        for old in steps(folder)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        prune(folder, keep, checkpoint.step)
     return final
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix(PREFIX))
+
+
+def prune(folder: Path, keep: int, step: int) -> None:
+    """Remove all but the `keep` newest checkpoints up to `step`; what is newer than `step` is no reason to lose one."""
+    for old in [path for path in steps(folder) if step_of(path) <= step][:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def abandon_after(folder: Path, step: int) -> None:
+    """Remove the checkpoints newer than `step`: the run goes on from there, and they are of a course it left."""
+    for path in steps(folder):
+        if step_of(path) > step:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def steps(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, oldest first, by the step in their names; whether they are whole is not checked."""
     found = [p for p in folder.glob(f"{PREFIX}*") if p.is_dir() and p.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+    return sorted(found, key=step_of)
 
 
 def remove_partial(folder: Path) -> None:

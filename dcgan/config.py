@@ -1,6 +1,7 @@
 """From command-line flags to a run's resolved configuration, the `config.json` of its directory."""
 
 import json
+import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -8,10 +9,11 @@ import torch
 
 from dcgan.arch import PRESETS, SIZES, Arch
 from dcgan.errors import InputError
+from kernels import BACKENDS
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 MAY_CHANGE = ("steps", "epochs", "log_every", "sample_every", "checkpoint_every", "keep", "device", "tensorboard")
-"""What `--resume` may set anew: neither the numbers nor the pictures depend on it."""
+"""What `--resume` may set anew. The numbers depend on none of it but the device."""
 
 
 @dataclass
@@ -57,9 +59,21 @@ class Config:
         return Arch(self.image_size, self.channels, self.nz, self.ngf, self.ndf, self.dense)
 
     def write(self, run: Path) -> None:
+        """Write config.json, aside and synced first: without it the checkpoints beside it could not be resumed."""
         aside = run / ".config.json.partial"
-        aside.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        with aside.open("w") as file:
+            file.write(json.dumps(asdict(self), indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         aside.replace(run / "config.json")
+
+    def check(self) -> None:
+        """Raise ValueError for a value that no flag would have let through: config.json may have been edited."""
+        for name, (kind, accepted, fits) in FIELDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool) or not fits(value):
+                raise ValueError(f"{name} is {value!r}: accepted is {accepted}")
+        _ = self.arch
 
     @classmethod
     def read(cls, run: Path) -> "Config":
@@ -67,11 +81,43 @@ class Config:
         if not run.is_dir():
             raise InputError(f"{run}: no such run directory")
         try:
-            return cls(**json.loads((run / "config.json").read_text()))
+            config = cls(**json.loads((run / "config.json").read_text()))
+            config.check()
         except FileNotFoundError:
             raise InputError(f"{run}: not a run directory, it has no config.json") from None
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{run}/config.json cannot be read: {error}") from None
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise InputError(f"{run}/config.json: {error}") from None
+        return config
+
+
+def _one_of(*values: object) -> tuple:
+    return (object, ", ".join(map(str, values)), lambda value: value in values)
+
+
+COUNT = (int, "a positive whole number", lambda n: 0 < n < 2**31)
+TEXT = (str, "a text", bool)
+FLAG = (bool, "true or false", lambda _: True)
+FRACTION = ((int, float), "a number in [0, 1)", lambda x: 0 <= x < 1)
+
+FIELDS = {
+    **dict.fromkeys(("data", "device"), TEXT),
+    **dict.fromkeys(("nz", "ngf", "ndf", "batch_size", "steps", "keep"), COUNT),
+    **dict.fromkeys(("log_every", "sample_every", "checkpoint_every"), COUNT),
+    **dict.fromkeys(("dense", "strict", "deterministic", "flip", "tensorboard"), FLAG),
+    **dict.fromkeys(("ema", "beta1"), FRACTION),
+    "lr": ((int, float), "a number in (0, 1]", lambda x: 0 < x <= 1),
+    "seed": (int, "a whole number", lambda _: True),
+    "preset": _one_of(*PRESETS),
+    "image_size": (int, f"one of {SIZES}", lambda n: n in SIZES),
+    "channels": (int, "1, 3 or 4", lambda n: n in (1, 3, 4)),
+    "update": _one_of("alternating", "simultaneous"),
+    "fused": _one_of(None, "modules", "stacks"),
+    "backend": _one_of(*BACKENDS),
+    "precision": _one_of(*PRECISIONS[1:]),
+    "epochs": ((int, type(None)), "a positive whole number or null", lambda n: n is None or n > 0),
+    "resolved": (dict, "an object with fingerprint, steps_per_epoch and threads", lambda d: d.keys() >= RESUMED_BY),
+}
+RESUMED_BY = {"fingerprint", "steps_per_epoch", "threads"}
 
 
 def choose_device(name: str | None) -> torch.device:

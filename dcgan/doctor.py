@@ -12,7 +12,7 @@ import torch
 from dcgan.arch import PRESETS
 from dcgan.config import choose_device, fast_bf16
 from dcgan.errors import run_command
-from dcgan.train import Parser
+from dcgan.flags import Parser
 from kernels.dispatch import op_of, select
 
 

@@ -60,7 +60,7 @@ class FusedStep:
     def backends(self) -> list[dict[str, str]]:
         """What runs each layer, for config.json and the report: the products that `kernels.products.choose` took."""
         stages = self.generator.stages + self.discriminator.stages
-        return [{"layer": s.layer.name, "backend": "eager", "why": f"{type(s.product).__name__}"} for s in stages]
+        return [{"layer": s.layer.name, "backend": "eager", "why": s.product.WHY} for s in stages]
 
     def state_dict(self) -> dict:
         """Nothing beside the networks and their optimisers; see `ReferenceStep.state_dict`."""

@@ -1,17 +1,15 @@
 """A trained generator from a run, a checkpoint, or a state dict of the PyTorch example."""
 
-import pickle
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from dcgan import checkpoint as checkpoints
 from dcgan.arch import Arch
 from dcgan.checkpoint import CheckpointError
-from dcgan.errors import InputError
+from dcgan.errors import InputError, say
 from dcgan.model import Generator
 
 
@@ -48,11 +46,14 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file raises whatever its bytes lead to
         cause = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         raise InputError(f"{path} is not a state dict that loads without executing anything: {cause}") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise InputError(f"{path} is not a state dict: expected tensors by name")
+    for name, value in state.items():
+        if value.layout != torch.strided or value.is_quantized or value.is_complex():
+            raise InputError(f"{path}: {name} is {value.dtype}, {value.layout}: expected dense real numbers")
     return strip_module(state)
 
 
@@ -60,7 +61,10 @@ def _checkpoint(folder: Path) -> checkpoints.Checkpoint:
     try:
         if (folder / "manifest.json").exists():
             return checkpoints.load(folder)
-        return checkpoints.newest(folder / "checkpoints")[0]
+        saved, rejected = checkpoints.newest(folder / "checkpoints")
+        for reason in rejected:
+            say(f"warning: passed over {reason}")
+        return saved
     except CheckpointError as error:
         raise InputError(str(error)) from None
 
@@ -82,8 +86,12 @@ def load(source: str | Path, *, ema: bool = True, device: str | torch.device = "
         InputError: nothing there that can be loaded; one line that says why.
     """
     path = Path(source)
-    if not path.exists():
-        raise InputError(f"{path}: no such run, checkpoint or state dict")
+    try:
+        found = bool(str(source)) and path.exists()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    if not found:
+        raise InputError(f"{str(source)!r}: no such run, checkpoint or state dict")
     if path.is_dir():
         saved = _checkpoint(path)
         arch, state = saved.arch, saved.models["generator"]
@@ -98,6 +106,6 @@ def load(source: str | Path, *, ema: bool = True, device: str | torch.device = "
     generator = Generator(arch)
     try:
         generator.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         raise InputError(f"{path}: {' '.join(str(error).split())}") from None
     return generator.to(device).eval()

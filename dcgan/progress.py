@@ -37,7 +37,7 @@ def _parse(line: bytes) -> dict | None:
         value = json.loads(line, parse_constant=lambda _: None)
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) and isinstance(value.get("step"), int) else None
+    return value if isinstance(value, dict) and type(value.get("step")) is int else None
 
 
 def read(path: str | Path) -> list[dict]:

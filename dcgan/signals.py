@@ -3,13 +3,13 @@
 import os
 import signal
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 
 
 class StopOnSignal:
     """A context in which `number` becomes the first signal received, and a second one ends the process.
 
-    Exit code of both: 128 + the signal's number.
+    Exit code of both: 128 + the signal's number. Signals that the process was started to ignore (nohup) stay ignored.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,8 @@ class StopOnSignal:
 
     def __enter__(self) -> "StopOnSignal":
         for number in SIGNALS:
-            self._previous[number] = signal.signal(number, self._receive)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *exception: object) -> None:

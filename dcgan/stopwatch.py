@@ -29,8 +29,10 @@ class Stopwatch:
     @contextmanager
     def paused(self) -> Iterator[None]:
         self.stop()
-        yield
-        self.start()
+        try:
+            yield
+        finally:
+            self.start()
 
     def lap(self) -> float:
         """Images per second since the last call, or since the start."""

@@ -15,15 +15,14 @@ from dcgan.batches import Batches, Noise, derived_seed
 from dcgan.checkpoint import Checkpoint, CheckpointError
 from dcgan.config import Config
 from dcgan.data import ImageSet
-from dcgan.errors import InputError, RunError
+from dcgan.errors import InputError, RunError, out_of_memory
 from dcgan.fused import FusedStep
 from dcgan.grid import save_grid
 from dcgan.model import Discriminator, Generator
 from dcgan.progress import MetricsLog, Progress
 from dcgan.signals import StopOnSignal
-from dcgan.step import AUTOCAST_DTYPE, METRICS, ReferenceStep, adam
+from dcgan.step import METRICS, ReferenceStep, adam
 from dcgan.stopwatch import Stopwatch
-from kernels.dispatch import op_of, select
 
 SAMPLES = 64
 ROLLBACKS = 3
@@ -78,21 +77,6 @@ class Trainer:
         self.metrics = MetricsLog(run / "metrics.jsonl", run / "tensorboard" if config.tensorboard else None)
         self.saved: Path | None = None
 
-    def backends(self) -> list[dict[str, str]]:
-        """What runs each layer and why, for config.json and the report."""
-        arch = self.config.arch
-        if self.config.fused == "stacks":
-            return self.update.backends()
-        if self.config.fused is None:
-            layers = arch.generator + arch.discriminator
-            return [{"layer": layer.name, "backend": "eager", "why": "--fused was not given"} for layer in layers]
-        dtype = AUTOCAST_DTYPE.get(self.config.precision, torch.float32)
-        return [
-            {"layer": layer.name, **choice._asdict()}
-            for layer in arch.generator + arch.discriminator
-            for choice in [select(op_of(layer), layer, self.device, dtype, self.config.backend)]
-        ]
-
     # State: what a checkpoint holds
 
     def _models(self) -> dict[str, dict[str, Tensor]]:
@@ -137,36 +121,54 @@ class Trainer:
         self.sums.copy_(state["sums"])
         self.summed = state["summed"]
 
-    def save(self) -> None:
+    def save(self, last: bool = False) -> None:
         """Write a checkpoint and prune; a disk that is full is said and survived, and tried again next time.
+
+        Args:
+            last: nothing comes after it; then room is made by removing all but the newest of the earlier ones, and
+                if that does not help either, the run has failed.
 
         Raises:
             NotFinite: a loss or a weight is NaN or infinite, which must never replace a good checkpoint.
-            OSError: it could not be written, and there is no earlier one.
+            RunError: the last one could not be written.
+            OSError: the first one could not be written.
         """
-        if self.saved is not None and self.saved.name == f"{checkpoints.PREFIX}{self.step:08d}":
+        if self.saved is not None and checkpoints.step_of(self.saved) == self.step:
             return
         self._check_finite()
         snapshot = self.snapshot()
         for name, tensors in snapshot.models.items():
             for key, value in tensors.items():
                 if not torch.isfinite(value).all():
-                    raise NotFinite(f"{name} {key}")
+                    raise NotFinite(f"{name} {key} is not finite by step {self.step}")
+        folder = self.run / "checkpoints"
         try:
-            self.saved = checkpoints.save(self.run / "checkpoints", snapshot, self.config.keep)
+            self.saved = checkpoints.save(folder, snapshot, self.config.keep)
         except OSError as error:
             if self.saved is None:
                 raise
-            self.say(f"warning: checkpoint not written ({error}); {self.saved.name} is the last; training goes on")
+            why = f"checkpoint of step {self.step} not written ({error.strerror})"
+            if not last:
+                self.say(f"warning: {why}; {self.saved.name} is the last; training goes on")
+                return
+            checkpoints.prune(folder, 1, checkpoints.step_of(self.saved))
+            try:
+                self.saved = checkpoints.save(folder, snapshot, self.config.keep)
+            except OSError:
+                raise RunError(f"{why}; the last checkpoint is {self.saved}") from error
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint that is whole.
+        """Go on from the newest checkpoint that is whole; from the beginning where the run was killed before its first.
 
         Raises:
-            InputError: there is none, or it is of another architecture.
+            InputError: none is whole, or it is of another architecture.
         """
         folder = self.run / "checkpoints"
         checkpoints.remove_partial(folder)
+        if not checkpoints.steps(folder):
+            self.metrics.truncate_after(-1)
+            self.start()
+            return
         try:
             saved, rejected = checkpoints.newest(folder)
         except CheckpointError as error:
@@ -175,11 +177,16 @@ class Trainer:
             self.say(f"warning: passed over {reason}")
         if saved.arch != self.config.arch:
             raise InputError(f"--resume {self.run}: its checkpoint has {saved.arch}, config.json {self.config.arch}")
-        self._continue_from(saved)
+        try:
+            self._continue_from(saved)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise InputError(f"--resume {self.run}: its checkpoint does not fit its config.json ({error})") from None
 
     def _continue_from(self, saved: Checkpoint) -> None:
         self.restore(saved)
-        self.saved = self.run / "checkpoints" / f"{checkpoints.PREFIX}{saved.step:08d}"
+        folder = self.run / "checkpoints"
+        self.saved = folder / f"{checkpoints.PREFIX}{saved.step:08d}"
+        checkpoints.abandon_after(folder, saved.step)
         self.metrics.truncate_after(saved.step)
 
     # The loop
@@ -232,7 +239,7 @@ class Trainer:
                 with clock.paused():
                     self.save()
         clock.stop()
-        self.save()
+        self.save(last=True)
         self.metrics.close()
 
     def _log(self, progress: Progress) -> None:
@@ -256,7 +263,7 @@ class Trainer:
         try:
             save_grid(self.run / "samples" / f"step_{self.step:08d}.png", images)
         except OSError as error:
-            self.say(f"warning: samples not written ({error}); training goes on")
+            self.say(f"warning: samples not written ({error.strerror}); training goes on")
 
     # What goes wrong
 
@@ -266,12 +273,19 @@ class Trainer:
             raise NotFinite(f"loss_d or loss_g is not finite by step {self.step}")
 
     def _roll_back(self, error: NotFinite) -> None:
-        """Return to the last checkpoint, with another order and other noise: the same would fail the same way."""
+        """Return to the last checkpoint, with another order and other noise: the same would fail the same way.
+
+        The last one, whatever its step: a run that was stopped shortly before has a later one than an uninterrupted
+        run, so these two may differ after a rollback.
+        """
         failed, rollbacks = self.step, self.rollbacks
         if rollbacks == ROLLBACKS:
             raise RunError(f"{error}, after {ROLLBACKS} rollbacks; the last checkpoint is {self.saved}") from error
-        saved, _ = checkpoints.newest(self.run / "checkpoints")
-        self._continue_from(saved)
+        try:
+            saved, _ = checkpoints.newest(self.run / "checkpoints")
+            self._continue_from(saved)
+        except (CheckpointError, OSError) as lost:
+            raise RunError(f"{error}, and no checkpoint to go back to ({lost})") from error
         self.rollbacks = rollbacks + 1
         self.noise.restart(self.step, self.rollbacks)
         self.say(f"warning: {error}; back from step {failed} to {self.step} with new noise and order")
@@ -279,7 +293,7 @@ class Trainer:
     def _explain(self, error: Exception) -> None:
         """Raise a RunError that tells the user what to do, where that is known."""
         last = f"the last checkpoint is {self.saved}"
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
+        if out_of_memory(error):
             size = self.config.batch_size
             advice = f"a run with --batch-size {max(1, size // 2)} would need about half"
             raise RunError(f"out of memory at step {self.step} with batches of {size}: {advice}; {last}") from error

@@ -33,6 +33,8 @@ IMAGES_AT_ONCE = 16
 class LibraryProduct:
     """PyTorch's own convolutions (oneDNN, cuDNN): any kernel, stride and padding, any device."""
 
+    WHY = "the library's convolutions: too narrow for tiles to pay, or not on a CPU"
+
     def __init__(self, layer: Layer, low: int, high: int, dtype: torch.dtype, pool: Pool):
         self.name, self.dtype, self.pool = layer.name, dtype, pool
         self.stride, self.padding = [layer.stride] * 2, [layer.padding] * 2
@@ -72,6 +74,8 @@ class ImageProduct(LibraryProduct):
     (64 images, 64 → 3 channels, two Zen 4 cores: 14.4 → 5.2 ms in fp32, 9.1 → 3.4 in bf16).
     """
 
+    WHY = "the layer next to the image: a 2×2 convolution onto four times its channels"
+
     def pack(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         low, high, _, _ = weight.shape
         weight = super().pack(weight)
@@ -101,6 +105,8 @@ class PatchProduct:
     With one low channel, D's logits, everything is computed in at least float32: there the products are small and the
     result feeds a loss.
     """
+
+    WHY = "from or to one pixel: a plain matrix product"
 
     def __init__(self, layer: Layer, low: int, high: int, dtype: torch.dtype, pool: Pool):
         self.name, self.pool = layer.name, pool

@@ -37,6 +37,8 @@ class TiledProduct:
     Maps are NCHW-shaped in channels_last memory and of `dtype`; the operands in between belong to `pool`.
     """
 
+    WHY = "tiled: nine matrix products for sixteen"
+
     def __init__(self, layer: Layer, low: int, high: int, dtype: torch.dtype, pool: Pool):
         self.name, self.dtype, self.pool = layer.name, dtype, pool
         self.low_channels, self.high_channels = low, high

@@ -1,5 +1,7 @@
 """The model family: parameter counts, sizes, names and shapes, refusals."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -51,7 +53,7 @@ def test_every_size_and_channel_count_makes_images_and_logits(size, channels):
     assert images.abs().max() <= 1
     assert Discriminator(arch)(images).shape == (2,)
     for layers in (arch.generator, arch.discriminator):
-        for before, after in zip(layers, layers[1:], strict=False):
+        for before, after in itertools.pairwise(layers):
             assert (before.out_size, before.out_channels) == (after.in_size, after.in_channels)
 
 

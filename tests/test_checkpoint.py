@@ -53,10 +53,20 @@ def test_what_is_saved_is_what_loads(tmp_path):
 
 
 def test_the_newest_are_kept_and_the_newest_is_loaded(tmp_path):
-    for step in (1, 2, 10, 9):
+    for step in (1, 2, 9, 10):
         checkpoints.save(tmp_path, make(step), keep=2)
     assert [p.name for p in checkpoints.steps(tmp_path)] == ["step_00000009", "step_00000010"]
     assert checkpoints.newest(tmp_path)[0].step == 10
+
+
+def test_pruning_never_takes_the_checkpoint_just_written(tmp_path):
+    """A newer one, damaged and passed over, is no reason to lose a good one."""
+    for step in (1, 2, 9):
+        checkpoints.save(tmp_path, make(step))
+    checkpoints.save(tmp_path, make(5), keep=1)
+    assert [p.name for p in checkpoints.steps(tmp_path)] == ["step_00000005", "step_00000009"]
+    checkpoints.abandon_after(tmp_path, 5)
+    assert [p.name for p in checkpoints.steps(tmp_path)] == ["step_00000005"]
 
 
 def flip_and_check(folder, flips, rng):

@@ -29,7 +29,7 @@ def test_a_grid_from_a_run(trained, tmp_path):
         assert run(trained, "--n", 9, "--seed", 1, "--out", tmp_path / "sub" / name) == 0
     assert Image.open(tmp_path / "sub" / "a.png").size == (3 * 18 - 2, 3 * 18 - 2)
     assert (tmp_path / "sub" / "a.png").read_bytes() == (tmp_path / "sub" / "b.png").read_bytes()
-    assert run(trained, "--n", 9, "--seed", 2, "--out", tmp_path / "c.png") == 0
+    assert run(trained, "--n", 9, "--seed", 10**30, "--out", tmp_path / "c.png") == 0
     assert (tmp_path / "c.png").read_bytes() != (tmp_path / "sub" / "a.png").read_bytes()
 
 
@@ -39,12 +39,17 @@ def test_separate_files(trained, tmp_path):
     assert Image.open(tmp_path / "many" / "000000.png").size == (16, 16)
 
 
+def sampled(generator, n):
+    return torch.cat(list(generate.sample(generator, n, seed=0)))
+
+
 def test_a_picture_does_not_depend_on_its_batch_mates(trained):
     generator = dcgan.load(trained)
-    few, many = generate.sample(generator, 2, seed=0), generate.sample(generator, 70, seed=0)
-    torch.testing.assert_close(few[0], many[0], rtol=0, atol=1e-6)
+    few, many = sampled(generator, 66), sampled(generator, 130)
+    assert len(many) == 130
+    torch.testing.assert_close(few, many[:66], rtol=0, atol=1e-6)
     generator.train()
-    few, many = generate.sample(generator, 2, seed=0), generate.sample(generator, 70, seed=0)
+    few, many = sampled(generator, 2), sampled(generator, 70)
     assert (few[0] - many[0]).abs().max() > 1e-3
 
 
@@ -93,10 +98,26 @@ def write_strange(folder):
     torch.save({"conv.weight": torch.zeros(2)}, folder / "other.pth")
     (folder / "text.pth").write_text("hello")
     (folder / "text.safetensors").write_text("hello")
+    torch.save({1: torch.zeros(2)}, folder / "numbers.pth")
+    torch.save({"main.0.weight": torch.zeros(2, dtype=torch.complex64)}, folder / "complex.pth")
     (folder / "empty").mkdir()
 
 
-@pytest.mark.parametrize("name", ["netD.pth", "list.pth", "other.pth", "text.pth", "text.safetensors", "empty", "none"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "netD.pth",
+        "list.pth",
+        "other.pth",
+        "numbers.pth",
+        "complex.pth",
+        "text.pth",
+        "text.safetensors",
+        "empty",
+        "none",
+        "n" * 300,
+    ],
+)
 def test_what_is_no_generator_is_one_line_and_exit_code_2(tmp_path, capsys, name):
     write_strange(tmp_path)
     assert run(tmp_path / name, "--out", tmp_path / "grid.png") == 2
@@ -109,8 +130,15 @@ def test_what_is_no_generator_is_one_line_and_exit_code_2(tmp_path, capsys, name
 
 def test_wrong_arguments(trained, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    for arguments, said in ((("--n", 0), "--n"), (("--n", 20_000), "--n 20000"), (("--out", "file/x"), "--out")):
-        out = [tmp_path / "file" / "x"] if arguments[0] == "--out" else [arguments[1], "--out", tmp_path / "g.png"]
-        assert run(trained, arguments[0], *out) == 2
+    grid = tmp_path / "grid.png"
+    for arguments, said in (
+        (("--n", 0, "--out", grid), "--n"),
+        (("--n", 20_000, "--out", grid), "--n 20000"),
+        (("--out", tmp_path / "file" / "x"), "--out"),
+        (("--out", ""), "--out ''"),
+        (("--out", tmp_path / "x.jpg"), "written as .png"),
+        (("--out", tmp_path / ("x" * 300)), "--out"),
+    ):
+        assert run(trained, *arguments) == 2
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1 and said in lines[0]

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,7 +73,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, form):
-    """18 steps cross the end of the first epoch of 15, with its smaller last batch; the cuts fall between log points."""
+    """18 steps cross the end of the first epoch of 15, with its smaller last batch; the first cut is between logs."""
     arguments = [*SMALL, *EVERY, *FORMS[form], "--seed", 3]
     assert run(*arguments, "--steps", 18, "--out", tmp_path / "whole") == 0
     assert run(*arguments, "--steps", 7, "--out", tmp_path / "cut") == 0
@@ -280,8 +281,98 @@ def test_a_disk_that_fills_up_later_costs_a_warning(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(checkpoints, "save", sometimes)
     assert run(*SMALL, *EVERY, "--steps", 12, "--out", tmp_path / "r") == 0
     said = capsys.readouterr().err
-    assert said.count("checkpoint not written") == 2 and "training goes on" in said
+    assert said.count("not written") == 2 and "training goes on" in said
     assert checkpoints.newest(tmp_path / "r" / "checkpoints")[0].step == 12
+
+
+def test_a_last_checkpoint_that_cannot_be_written_fails_the_run(tmp_path, monkeypatch, capsys):
+    save = checkpoints.save
+    monkeypatch.setattr(checkpoints, "save", lambda f, c, k: full_disk() if c.step == 6 else save(f, c, k))
+    assert run(*SMALL, *EVERY, "--steps", 6, "--out", tmp_path / "r") == 3
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "step 6 not written" in last and "step_00000004" in last
+    assert checkpoints.newest(tmp_path / "r" / "checkpoints")[0].step == 4
+
+
+def test_room_is_made_for_the_last_checkpoint(tmp_path, monkeypatch):
+    """A disk with room for two checkpoints: the older ones go before the newest is given up."""
+    save = checkpoints.save
+
+    def small_disk(folder, *rest):
+        return full_disk() if len(checkpoints.steps(folder)) >= 2 else save(folder, *rest)
+
+    monkeypatch.setattr(checkpoints, "save", small_disk)
+    assert run(*SMALL, *EVERY, "--steps", 6, "--out", tmp_path / "r") == 0
+    assert checkpoints.newest(tmp_path / "r" / "checkpoints")[0].step == 6
+
+
+def test_a_run_whose_newest_checkpoint_was_damaged_keeps_a_good_one(tmp_path, capsys):
+    folder = tmp_path / "r" / "checkpoints"
+    assert run(*SMALL, "--checkpoint-every", 4, "--steps", 8, "--out", tmp_path / "r") == 0
+    (folder / "step_00000008" / "generator.safetensors").write_bytes(b"")
+    assert run("--resume", tmp_path / "r", "--keep", 1, "--checkpoint-every", 2) == 0
+    assert [p.name for p in checkpoints.steps(folder)] == ["step_00000008"]
+    checkpoints.verify(folder / "step_00000008")
+
+
+@pytest.mark.parametrize("left", ["only the lock", "no checkpoint yet"])
+def test_a_run_killed_before_its_first_checkpoint_can_be_begun_or_resumed(tmp_path, left):
+    assert run(*SMALL, "--steps", 4, "--out", tmp_path / "whole") == 0
+    if left == "only the lock":
+        (tmp_path / "r").mkdir()
+        (tmp_path / "r" / ".lock").touch()
+        (tmp_path / "r" / ".config.json.partial").write_text("{")
+        assert run(*SMALL, "--steps", 4, "--out", tmp_path / "r") == 0
+    else:
+        assert run(*SMALL, "--steps", 4, "--out", tmp_path / "r") == 0
+        shutil.rmtree(tmp_path / "r" / "checkpoints")
+        assert run("--resume", tmp_path / "r") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "r")
+
+
+def test_a_directory_that_another_process_begins_is_left_alone(tmp_path, capsys):
+    (tmp_path / "r").mkdir()
+    claim = checkpoints.lock(tmp_path / "r")
+    assert run(*SMALL, "--steps", 4, "--out", tmp_path / "r") == 2
+    assert "in use by another process" in capsys.readouterr().err
+    assert (tmp_path / "r").exists()
+    claim.close()
+
+
+def test_a_closed_terminal_does_not_end_a_run(tmp_path, monkeypatch):
+    class Closed:
+        def write(self, _):
+            raise BrokenPipeError
+
+        flush = write
+
+        def isatty(self):
+            return False
+
+    monkeypatch.setattr(sys, "stderr", Closed())
+    assert run(*SMALL, *EVERY, "--steps", 4, "--out", tmp_path / "r") == 0
+    assert checkpoints.newest(tmp_path / "r" / "checkpoints")[0].step == 4
+
+
+def test_fewer_steps_than_done_are_refused_and_config_json_stays(finished, capsys):
+    before = (finished / "config.json").read_bytes()
+    assert run("--resume", finished, "--steps", 1) == 2
+    assert "is at step 2 already" in capsys.readouterr().err
+    assert (finished / "config.json").read_bytes() == before
+
+
+def test_default_intervals_follow_a_longer_run(tmp_path):
+    assert run(*SMALL, "--steps", 2, "--out", tmp_path / "r") == 0
+    assert run("--resume", tmp_path / "r", "--steps", 4, "--sample-every", 3) == 0
+    config = json.loads((tmp_path / "r" / "config.json").read_text())
+    assert (config["log_every"], config["sample_every"]) == (1, 3)
+    (tmp_path / "r2").mkdir()
+    assert run(*SMALL, "--steps", 2, "--out", tmp_path / "r2") == 0
+    config = json.loads((tmp_path / "r2" / "config.json").read_text())
+    config["steps"] = 10**5
+    flags = {"steps": 10**5 + 1, "device": "cpu"}
+    resumed, _ = train.resolve_resumed(flags, tmp_path / "r2")
+    assert resumed.log_every == 100 and resumed.checkpoint_every == 1000
 
 
 # Wrong input: one line that names the argument, exit code 2, nothing lost
@@ -352,6 +443,22 @@ def test_a_run_that_another_process_trains_is_refused(finished, capsys):
     assert run("--resume", finished, "--steps", 9) == 2
     assert "in use by another process" in capsys.readouterr().err
     claim.close()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"nz": 0}, {"batch_size": -1}, {"log_every": 0}, {"lr": float("nan")}, {"fused": "yes"}, {"update": "both"},
+     {"precision": "fp8"}, {"seed": "a"}, {"resolved": []}, {"resolved": {}}, {"image_size": 48}, {"flip": 1},
+     {"unknown": 1}, {"ema": 0.9}, {"backend": "metal"}, {"data": ""}],
+    ids=str,
+)  # fmt: skip
+def test_a_config_json_edited_to_nonsense_is_one_line(tmp_path, finished, capsys, change):
+    shutil.copytree(finished, tmp_path / "r")
+    config = json.loads((tmp_path / "r" / "config.json").read_text())
+    (tmp_path / "r" / "config.json").write_text(json.dumps(config | change))
+    assert run("--resume", tmp_path / "r", "--steps", 9) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
 
 
 @pytest.mark.parametrize("what", ["architecture", "data"])
