@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.cpu_step import measure
 from dcgan.arch import Arch
 from dcgan.fused import FusedStep
 from dcgan.model import Discriminator, Generator
@@ -194,16 +193,3 @@ def test_refuses_what_it_does_not_serve(options, said):
     models = Generator(CASES["batch 1"][0]), Discriminator(CASES["batch 1"][0])
     with pytest.raises(ValueError, match=said):
         FusedStep(*models, *(adam(model, fused=True) for model in models), **options)
-
-
-def test_the_benchmark_verifies_and_times():
-    rows = measure(Arch(image_size=16, nz=5, ngf=8, ndf=8), 4, ["fp32", "bf16"], rounds=2)
-    assert [row["name"] for row in rows] == ["example", "fp32", "bf16"]
-    assert rows[0]["ratio"] == 1
-    assert all(0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] for row in rows)
-
-
-def test_the_benchmark_refuses_a_wrong_step(monkeypatch):
-    monkeypatch.setattr(eager, "leaky_relu", lambda x, slope, out: out.copy_(x))
-    with pytest.raises(RuntimeError, match="fp32: losses"):
-        measure(Arch(image_size=16, nz=5, ngf=8, ndf=8), 4, ["fp32"], rounds=1)

@@ -1,0 +1,276 @@
+"""Everything that can be measured of the step on this machine, in one command that plans itself into the time given.
+
+    python -m bench.suite --out DIR [--quick] [--only parity,ceilings,peers,…] [--minutes N] [--commit SHA]
+                          [--preset dcgan64] [--batch N --batch M] [--compile]
+
+Rows are appended to `DIR/rows.jsonl` one by one, so what was measured survives whatever cuts the run off. A row has
+`suite`, `name`, `ok` (true, false, or null where nothing was measured), `why`, and figures with their units in their
+names; fractions are 0 to 1. Beside it: `env.json`, `summary.json`, `README.md`, and from the stage `profile`
+`profile.txt` and `trace.json`. Exit codes: 0; 2 for wrong input; 3 where something of ours was wrong; 128 + n by a
+signal.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from bench import profile, record, stages
+from bench.group import Bench, Plan, one_line
+from bench.peers import ladder
+from bench.peers.ladder import Rung
+from bench.telemetry import Telemetry
+from bench.verify import tolerance_class
+from dcgan.arch import PRESETS
+from dcgan.config import fast_bf16
+from dcgan.errors import InputError, RunError, run_command
+from dcgan.flags import Parser
+
+
+def profile_stage(bench: Bench, seconds: float) -> None:
+    """The fused step's layers beside their floors, and its operations."""
+    if bench.measured is None:
+        bench.emit("profile", "floors", None, "no ceilings were measured: add the stage ceilings")
+        return
+    plan = bench.plan
+    rung, images = Rung("bf16" if fast_bf16(plan.device) else "fp32", ours="fused"), plan.peer_batches[0]
+    runner = ladder.build(rung, plan.arch, ladder.weights(plan.arch), plan.device, images)
+    machine = bench.measured.of(tolerance_class(rung.precision, plan.device))
+    found = profile.profile(runner, plan.arch, images, plan.device, machine, 2, bench.out / "trace.json")
+    (bench.out / "profile.txt").write_text(f"{rung.name}, batch {images}\n{profile.text(found)}")
+    for row in found.layers:
+        bench.emit("profile", row["name"], True, batch=images, rung=rung.name, ms=row["ms"], floor_ms=row["floor_ms"])
+
+
+def not_written(stage: str, why: str) -> Callable[[Bench, float], None]:
+    """A stage that has nothing to run yet: one row that says so."""
+
+    def run(bench: Bench, seconds: float) -> None:
+        needs = "" if bench.plan.device.type == "cuda" else "; it also needs a GPU"
+        bench.emit(stage, stage, None, why + needs)
+
+    return run
+
+
+STAGES: dict[str, tuple[Callable[[Bench, float], None], float]] = {
+    "parity": (stages.parity, 2.0),
+    "sanitize": (not_written("sanitize", "the runs under compute-sanitizer are not written yet"), 0.0),
+    "ceilings": (stages.measure_ceilings, 0.5),
+    "peers": (stages.peers, 8.0),
+    "ops": (not_written("ops", "the rows of single ops are not written yet"), 0.0),
+    "step": (stages.step, 2.0),
+    "profile": (profile_stage, 0.5),
+    "tune": (not_written("tune", "the search for the tuned table is not written yet"), 0.0),
+    "quality": (not_written("quality", "the comparison of samples is not written yet"), 0.0),
+}
+"""In the order they run, with the share of the time that each is worth."""
+
+MINUTES = {True: 3.5, False: 10.0}
+"""What `--quick` and its absence are given where `--minutes` does not say."""
+
+
+def file_hashes(root: Path = record.ROOT) -> dict[str, str]:
+    """sha256 of each source that a speed depends on, by its path."""
+    paths = {path for pattern in record.KERNEL_SOURCES for path in root.glob(pattern)}
+    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(paths)}
+
+
+def newest(results: Path) -> tuple[Path, dict] | None:
+    """The newest record of this machine under `results` and its environment; None where there is none."""
+    found = []
+    for path in sorted((results / record.machine()).glob("*/env.json")):
+        environment = json.loads(path.read_text())
+        found.append((environment["date"], path.parent, environment))
+    return max(found, key=lambda entry: entry[:2])[1:] if found else None
+
+
+def staleness(results: Path, now: datetime | None = None) -> str:
+    """One line: how old this machine's newest record is, and which kernel sources changed since."""
+    entry = newest(results)
+    if entry is None:
+        return f"no record of {record.machine()} yet"
+    folder, environment = entry
+    then = datetime.strptime(environment["date"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+    age = f"{record.machine()}: newest record {folder.name} is {((now or datetime.now(UTC)) - then).days} days old"
+    before, after = environment.get("kernel_files"), file_hashes()
+    if before is None:
+        same = environment.get("kernels_hash") == record.kernels_hash()
+        return f"{age}; kernel sources {'unchanged' if same else 'changed, which ones that record does not say'}"
+    changed = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
+    return f"{age}; kernel sources changed since: {', '.join(changed) or 'none'}"
+
+
+def json_number(value: object) -> object:
+    """None for a NaN or an infinity, which JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Writer:
+    """Rows to the file as they come, and to memory for the table."""
+
+    def __init__(self, path: Path):
+        self.path, self.rows = path, []
+
+    def emit(self, suite: str, name: str, ok: bool | None, why: str | None = None, **figures) -> None:
+        figures = {key: json_number(value) for key, value in figures.items()}
+        row = {"suite": suite, "name": name, "ok": ok, **({} if why is None else {"why": why}), **figures}
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def run(out: Path, plan: Plan, only: list[str], minutes: float, commit: str | None = None) -> list[dict]:
+    """Run the stages `only`, in order, and write the record into `out`; returns its rows.
+
+    A stage gets what is left of the time in proportion to its share of what is still to come; one that raises becomes
+    a row, and the rest goes on.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    began, writer = time.monotonic(), Writer(out / "rows.jsonl")
+    bench = Bench(plan, out, writer.emit, Telemetry(plan.device))
+    environment = record.environment(commit) | {
+        "device": plan.device.type,
+        "preset": next((name for name, preset in PRESETS.items() if preset.arch == plan.arch), str(plan.arch)),
+        "kernel_files": file_hashes(),
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "tf32": {"convolutions": torch.backends.cudnn.allow_tf32, "products": torch.backends.cuda.matmul.allow_tf32},
+        "telemetry": bench.telemetry.read(),
+    }
+    write_json(out / "env.json", environment)
+    try:
+        for place, stage in enumerate(only):
+            left = minutes * 60 - (time.monotonic() - began)
+            to_come = sum(STAGES[name][1] for name in only[place:])
+            seconds = left * STAGES[stage][1] / max(to_come, 1e-9)
+            if left <= 0 and STAGES[stage][1]:
+                writer.emit(stage, stage, None, f"no time left of {minutes:g} minutes")
+                continue
+            try:
+                STAGES[stage][0](bench, seconds)
+            except Exception as error:  # what was measured before and what comes after must not be lost
+                writer.emit(stage, stage, False, one_line(error))
+            finish(out, environment, bench.summary, writer.rows)
+    finally:
+        finish(out, environment, bench.summary, writer.rows)
+        bench.telemetry.close()
+    return writer.rows
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def finish(out: Path, environment: dict, summary: dict, rows: list[dict]) -> None:
+    """Write the summary and the README over the previous ones."""
+    on_gpu = environment["device"] == "cuda"
+    head = {"gpu": environment["gpu"]} if on_gpu else {"cpu": environment["cpu"]}
+    head |= {
+        "commit": environment["commit"],
+        "kernels_hash": environment["kernels_hash"],
+        "preset": environment["preset"],
+    }
+    write_json(out / "summary.json", head | summary)
+    where = environment["gpu"] if on_gpu else f"{environment['cpu']}, {environment['threads']} threads"
+    commit = (environment["commit"] or "an unknown commit")[:12] + (" with changes" if environment["dirty"] else "")
+    lines = [
+        f"# {where}, {environment['date']}",
+        "",
+        f"`python -m bench.suite` at {commit}, torch {environment['torch']}, Triton {environment['triton']}; "
+        f"load average {environment['load_average']:.2f} at its start.",
+        "",
+        "```",
+        *table(rows),
+        "```",
+    ]
+    (out / "README.md").write_text("\n".join(lines) + "\n")
+
+
+def table(rows: list[dict]) -> list[str]:
+    """A short table: a line a row that has a time, one a stage for the rest."""
+    lines = [f"{'stage':9s} {'row':52s} {'batch':>5s} {'p50 ms':>9s} {'images/s':>10s} {'floor':>6s} {'× example':>9s}"]
+    for row in rows:
+        if row["suite"] == "profile" and row["ok"]:
+            continue
+        text = f"{row['suite']:9s} {row['name'][:52]:52s} {row.get('batch', ''):>5}"
+        if "p50_ms" in row:
+            text += f" {row['p50_ms']:9.2f} {row['images_per_s']:10.1f}"
+            text += f" {row['roofline']:6.2f}" if row["roofline"] is not None else " " * 7
+            text += f" {row['over_example']:9.2f}" if "over_example" in row else ""
+            text += {True: "  noisy", False: ""}.get(row.get("noisy", False), "  too few rounds to tell noise")
+        elif "matrix_tflops" in row:
+            text += f" {row['matrix_tflops']:9.3f} TFLOP/s"
+        elif "copy_tbps" in row:
+            text += f" {row['copy_tbps']:9.4f} TB/s"
+        if row.get("median_over_shortest", 1.0) > 1.1:
+            text += f"  busy: the median took {row['median_over_shortest']:.2f} times the shortest"
+        if row["ok"] is not True:
+            text += f"  {'failed' if row['ok'] is False else 'not run'}: {row['why']}"
+        lines.append(text.rstrip())
+    return lines
+
+
+def plan_of(args: argparse.Namespace) -> Plan:
+    """What the command line asks for, or the device's own."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = device.type == "cuda"
+    steps = (16, 64, 128, 256, 512, 1024, 2048) if gpu else (16, 64)
+    peers = (128, 1024) if gpu else (64,)
+    if args.quick and gpu:
+        steps, peers = (128, 1024), (128,)
+    batches = tuple(args.batch) if args.batch else None
+    return Plan(
+        PRESETS[args.preset].arch,
+        device,
+        batches or peers,
+        batches or steps,
+        rounds=5 if args.quick else 15,
+        compile=args.compile or gpu,
+        energy=gpu and not args.quick,
+    )
+
+
+def command() -> int:
+    parser = Parser(prog="python -m bench.suite", description="Measure the training step on this machine.")
+    parser.add_argument("--out", type=Path, required=True, help="a folder without a record; made where missing")
+    parser.add_argument("--quick", action="store_true", help=f"fewer rounds and batches, {MINUTES[True]} minutes")
+    parser.add_argument("--only", help=f"some of {','.join(STAGES)}")
+    parser.add_argument("--minutes", type=float, help=f"time to plan into ({MINUTES[False]:g})")
+    parser.add_argument("--commit", help="of a tree without git's data")
+    parser.add_argument("--preset", choices=PRESETS, default="dcgan64")
+    parser.add_argument("--batch", type=int, action="append", help="images a step; may be repeated (the device's own)")
+    parser.add_argument("--compile", action="store_true", help="the rungs that compile, on a CPU too")
+    args = parser.parse_args()
+    only = args.only.split(",") if args.only else list(STAGES)
+    for name in only:
+        if name not in STAGES:
+            raise InputError(f"--only {args.only}: {name!r} is no stage; accepted are {', '.join(STAGES)}")
+    minutes = MINUTES[args.quick] if args.minutes is None else args.minutes
+    if not minutes > 0:
+        raise InputError(f"--minutes {minutes:g}: it must be positive")
+    if args.batch and min(args.batch) < 1:
+        raise InputError(f"--batch {min(args.batch)}: it must be at least 1")
+    if args.out.exists() and not args.out.is_dir():
+        raise InputError(f"--out {args.out}: it is a file; give a folder")
+    if (args.out / "rows.jsonl").exists():
+        raise InputError(f"--out {args.out}: it holds a record already; records are append-only, give another folder")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    torch.backends.cudnn.benchmark = True  # as the example sets it
+    print(staleness(record.RESULTS), flush=True)
+    rows = run(args.out, plan_of(args), [name for name in STAGES if name in only], minutes, args.commit)
+    print("\n".join(table(rows)))
+    wrong = [row["name"] for row in rows if row["ok"] is False and row.get("ours", "a stage")]  # a peer has ours=""
+    if wrong:
+        raise RunError(f"wrong or failed: {', '.join(wrong)}; the record in {args.out} says why")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(command))

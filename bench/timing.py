@@ -1,0 +1,149 @@
+"""Timing of several callables beside each other, so that whatever else the machine does falls on all of them alike.
+
+A round calls each once (fast ones several times, between two clock readings), in an order that rotates from round to
+round. What is compared is the ratio within a round; its median over the rounds is the figure, its spread stands beside
+it, and two halves of the rounds that disagree say that the machine was too noisy to tell.
+
+On a GPU the clock is a pair of CUDA events around the calls and one wait a measurement, so launches run ahead as they
+do in training; on a CPU it is `time.perf_counter`.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from statistics import median
+
+import torch
+
+NOISE = 0.03
+"""Two halves of the rounds whose ratios differ by more than this fraction: the machine was too noisy."""
+
+FEWEST_ROUNDS = 3
+SHORTEST_MS = 5.0
+"""A measurement spans at least this long: shorter ones are dominated by the launch and by the clock's own grain."""
+
+MOST_CALLS = 200
+
+
+def quantile(values: list[float], q: float) -> float:
+    """The `q` quantile (0 to 1) of `values`, interpolated between neighbours.
+
+    Raises:
+        ValueError: no values.
+    """
+    if not values:
+        raise ValueError("values is empty: a quantile needs at least one")
+    ordered, place = sorted(values), q * (len(values) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as fast one callable is as another: the median of the rounds' ratios, and its spread.
+
+    disagreement: |first half / second half − 1| of the halves' medians; None below four rounds.
+    """
+
+    median: float
+    p20: float
+    p80: float
+    disagreement: float | None
+
+    @property
+    def noisy(self) -> bool | None:
+        """Whether the machine was too noisy to believe the median; None where there were too few rounds to tell."""
+        return None if self.disagreement is None else self.disagreement > NOISE
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What `interleave` measured.
+
+    samples_ms: milliseconds of one call, a value a round, by name.
+    calls: how many calls a measurement averaged, by name.
+    """
+
+    samples_ms: dict[str, list[float]]
+    calls: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def rounds(self) -> int:
+        return len(next(iter(self.samples_ms.values()), []))
+
+    def p50_ms(self, name: str) -> float:
+        return quantile(self.samples_ms[name], 0.5)
+
+    def figures(self, name: str) -> dict[str, float]:
+        """`p20_ms`, `p50_ms`, `p80_ms` and `rounds` of one callable."""
+        values = self.samples_ms[name]
+        return {f"p{q}_ms": quantile(values, q / 100) for q in (20, 50, 80)} | {"rounds": len(values)}
+
+    def ratio(self, slow: str, fast: str) -> Ratio:
+        """How many times as fast `fast` is as `slow`: above 1 where it takes less time."""
+        values = [a / b for a, b in zip(self.samples_ms[slow], self.samples_ms[fast], strict=True)]
+        half = len(values) // 2
+        disagreement = abs(median(values[:half]) / median(values[half:]) - 1) if half >= 2 else None
+        return Ratio(median(values), quantile(values, 0.2), quantile(values, 0.8), disagreement)
+
+
+def measure_ms(call: Callable[[], object], calls: int, device: torch.device | str) -> float:
+    """Milliseconds of one call, averaged over `calls` in a row with one wait at the end."""
+    if torch.device(device).type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / calls
+    began = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - began) * 1e3 / calls
+
+
+def interleave(
+    callables: Mapping[str, Callable[[], object]],
+    rounds: int = 15,
+    warmup: int = 2,
+    device: torch.device | str = "cpu",
+    seconds: float | None = None,
+) -> Timed:
+    """Time `callables` beside each other.
+
+    Args:
+        callables: by name; what they return is ignored.
+        rounds: how many rounds at most, at least `FEWEST_ROUNDS`.
+        warmup: calls of each before anything counts, at least 1; the last says how many calls a measurement needs.
+        device: whose clock to read.
+        seconds: fewer rounds where they would take longer, but never fewer than `FEWEST_ROUNDS`.
+
+    Raises:
+        ValueError: nothing to time, or too few rounds or warm-up calls.
+    """
+    if not callables:
+        raise ValueError("callables is empty: there is nothing to time")
+    if rounds < FEWEST_ROUNDS or warmup < 1:
+        raise ValueError(f"rounds={rounds}, warmup={warmup}: accepted are at least {FEWEST_ROUNDS} and at least 1")
+    began = time.perf_counter()
+    calls, round_s = {}, 0.0
+    for name, call in callables.items():
+        for _ in range(warmup):
+            once_ms = measure_ms(call, 1, device)
+        calls[name] = min(max(1, math.ceil(SHORTEST_MS / max(once_ms, 1e-6))), MOST_CALLS)
+        round_s += calls[name] * once_ms / 1e3
+    if seconds is not None:
+        left = seconds - (time.perf_counter() - began)
+        rounds = max(FEWEST_ROUNDS, min(rounds, int(left / max(round_s, 1e-9))))
+    names = list(callables)
+    samples = {name: [] for name in names}
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            samples[name].append(measure_ms(callables[name], calls[name], device))
+        if seconds is not None and number + 1 >= FEWEST_ROUNDS and time.perf_counter() - began > seconds:
+            break
+    return Timed(samples, calls)
