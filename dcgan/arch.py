@@ -102,5 +102,5 @@ PRESETS = {
     "paper": Preset(Arch(ngf=128, ndf=128), 128, 25, "64×64 with the paper's 128 filters and batch of 128"),
     "mnist28": Preset(Arch(image_size=28, channels=1), 64, 25, "28×28, for MNIST and Fashion-MNIST unscaled"),
     "dense32": Preset(Arch(image_size=32, nz=128, ngf=128, ndf=128, dense=True), 64, 25, "32×32 from a dense 8×8×256"),
-    "small32": Preset(Arch(image_size=32, nz=64, ngf=32, ndf=32), 64, 25, "32×32, thin enough for a laptop's CPU"),
+    "small32": Preset(Arch(image_size=32, nz=64, ngf=32, ndf=32), 64, 40, "32×32, thin enough for a laptop's CPU"),
 }

@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
                        "--sample-every, --checkpoint-every, --keep, --device, --tensorboard may be given")  # fmt: skip
     length = group.add_mutually_exclusive_group()
     length.add_argument("--steps", type=positive, metavar="N", help="training steps in all")
-    length.add_argument("--epochs", type=positive, metavar="N", help="passes over the data in all (default: 25)")
+    length.add_argument("--epochs", type=positive, metavar="N", help="passes over the data (default: 25; small32: 40)")
 
     group = p.add_argument_group("the model")
     presets = "; ".join(f"{name}: {preset.summary}" for name, preset in PRESETS.items())
