@@ -24,7 +24,7 @@ from dcgan.errors import run_command
 ARCH, CPU = Arch(image_size=16, nz=8, ngf=8, ndf=8), torch.device("cpu")
 SIZES = (64, 1 << 16)
 PLAN = Plan(ARCH, CPU, (4,), (2, 4), rounds=4, compile=False, ceiling_sizes=SIZES)
-ONLY = [name for name in suite.STAGES if name != "parity"]  # its tests run in this session already
+ONLY = [name for name in suite.STAGES if name != "parity"]  # its tests are run already, beside these
 
 
 @pytest.fixture(scope="module")
