@@ -139,7 +139,8 @@ def table(found: list[Record], root: Path = record.ROOT) -> str:
         return ""
     note = (
         "One training step of `--fused` (of `dcgan64` unless another preset is named), verified against the reference "
-        "step, then timed beside PyTorch's DCGAN example and its faster variants in one process. The floor is "
+        "step, then timed beside PyTorch's DCGAN example and its faster variants in one process "
+        "(on a CPU without torch.compile). The floor is "
         "`bench/roofline.py` at rates measured on the same machine; memory is the peak over the example's. "
         "`python -m bench.report` writes this table; docs/benchmarks.md says how the figures are made."
     )

@@ -49,8 +49,8 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--data", metavar="SPEC", help="digits (default); a folder or zip of pictures; a folder of "
                        "MNIST or CIFAR-10 files; .npy or .npz; or a name: mnist, fashion-mnist, cifar10")  # fmt: skip
     group.add_argument("--out", metavar="RUN", help="the run's directory (default: a new one under runs/)")
-    group.add_argument("--resume", metavar="RUN", help="go on with a run; only --steps, --epochs, --log-every, "
-                       "--sample-every, --checkpoint-every, --keep, --device, --tensorboard may be given")  # fmt: skip
+    group.add_argument("--resume", metavar="RUN", help="go on with a run; only --steps, --epochs, the intervals, "
+                       "--keep, --device, --tensorboard and --data (the same pictures elsewhere) may be given")  # fmt: skip
     length = group.add_mutually_exclusive_group()
     length.add_argument("--steps", type=positive, metavar="N", help="training steps in all")
     length.add_argument("--epochs", type=positive, metavar="N", help="passes over the data (default: 25; small32: 40)")
@@ -89,9 +89,8 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--deterministic", action="store_true", help="the same bits every time, on a GPU too")
 
     group = p.add_argument_group("what it writes")
-    for name, what in (("log", "a line of metrics"), ("sample", "a grid of samples"), ("checkpoint", "a checkpoint")):
-        group.add_argument(f"--{name}-every", type=positive, metavar="N", help=f"steps between {what}s"
-                           if name != "log" else "steps between lines of metrics")  # fmt: skip
+    for name, what in (("log", "lines of metrics"), ("sample", "grids of samples"), ("checkpoint", "checkpoints")):
+        group.add_argument(f"--{name}-every", type=positive, metavar="N", help=f"steps between {what}")
     group.add_argument("--keep", type=positive, metavar="N", help="checkpoints kept, newest first (default: 3)")
     group.add_argument(
         "--tensorboard", action=argparse.BooleanOptionalAction, help="mirror the metrics for TensorBoard"

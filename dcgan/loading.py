@@ -47,8 +47,8 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises whatever its bytes lead to
-        cause = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        raise InputError(f"{path} is not a state dict that loads without executing anything: {cause}") from None
+        kind = type(error).__name__
+        raise InputError(f"{path}: no state dict in it that loads without executing anything ({kind})") from None
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise InputError(f"{path} is not a state dict: expected tensors by name")
     for name, value in state.items():

@@ -118,7 +118,7 @@ class MetricsLog:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise InputError(f"--tensorboard: {error}; install it with: pip install dcgan[tensorboard]") from None
+            raise InputError(f"--tensorboard: {error}; install it with: pip install tensorboard") from None
         return SummaryWriter(str(self.tensorboard), purge_step=purge_step)
 
     def _mirror(self, line: Mapping[str, float | None]) -> None:

@@ -128,10 +128,11 @@ def resolve_resumed(flags: dict, run: Path) -> tuple[Config, ImageSet]:
         if all(getattr(config, k) == v for k, v in settings.default_intervals(config.steps).items()):
             flags = {**settings.default_intervals(total), **flags}
         config.steps, config.epochs = total, flags.get("epochs")
-    images = open_images(config.data, config.image_size, config.channels)
+    images = open_images(flags.get("data", config.data), config.image_size, config.channels)
+    config.data = images.source
     if images.fingerprint != config.resolved.get("fingerprint"):
-        raise InputError(f"--resume {run}: {config.data} has changed since the run began; put the same pictures back")
-    for name in ("log_every", "sample_every", "checkpoint_every", "keep", "tensorboard"):
+        raise InputError(f"--resume {run}: {config.data} is not what the run began with; --data says where that is now")
+    for name in (*settings.INTERVALS, "tensorboard"):
         setattr(config, name, flags.get(name, getattr(config, name)))
     check_backends(config)
     return config, images

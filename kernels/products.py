@@ -33,7 +33,7 @@ IMAGES_AT_ONCE = 16
 class LibraryProduct:
     """PyTorch's own convolutions (oneDNN, cuDNN): any kernel, stride and padding, any device."""
 
-    WHY = "the library's convolutions: too narrow for tiles to pay, or not on a CPU"
+    WHY = "the library's convolutions"
 
     def __init__(self, layer: Layer, low: int, high: int, dtype: torch.dtype, pool: Pool):
         self.name, self.dtype, self.pool = layer.name, dtype, pool

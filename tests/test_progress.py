@@ -171,7 +171,7 @@ def test_lines_that_wait_are_bounded(log, monkeypatch):
 
 def test_a_missing_tensorboard_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(InputError, match=r"--tensorboard: .*pip install dcgan\[tensorboard\]"):
+    with pytest.raises(InputError, match=r"--tensorboard: .*pip install tensorboard"):
         MetricsLog(tmp_path / "metrics.jsonl", tensorboard=tmp_path / "tensorboard")
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from runs import EVERY, SMALL, assert_equal, assert_same_run, metrics, run
 
@@ -146,3 +147,15 @@ def test_the_metrics_are_the_ones_that_the_design_names(tmp_path):
     line = json.loads((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()[0])
     assert list(line) == ["step", "epoch", *METRICS, "images_per_s", "seconds"]
     assert (tmp_path / "r" / "report.html").stat().st_size > 1000
+
+
+def test_a_run_goes_on_from_where_its_pictures_are_now(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (40, 16, 16), dtype=np.uint8)
+    np.save(tmp_path / "here.npy", images)
+    small = ["--image-size", "16", "--ngf", "2", "--ndf", "2", "--device", "cpu", "--out", tmp_path / "r"]
+    assert run("--data", tmp_path / "here.npy", *small, "--steps", 2) == 0
+    (tmp_path / "here.npy").rename(tmp_path / "there.npy")
+    assert run("--resume", tmp_path / "r", "--steps", 3) == 2
+    assert run("--resume", tmp_path / "r", "--steps", 3, "--data", tmp_path / "there.npy") == 0
+    np.save(tmp_path / "other.npy", images[::-1])
+    assert run("--resume", tmp_path / "r", "--steps", 4, "--data", tmp_path / "other.npy") == 2
