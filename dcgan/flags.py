@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
                        "MNIST or CIFAR-10 files; .npy or .npz; or a name: mnist, fashion-mnist, cifar10")  # fmt: skip
     group.add_argument("--out", metavar="RUN", help="the run's directory (default: a new one under runs/)")
     group.add_argument("--resume", metavar="RUN", help="go on with a run; only --steps, --epochs, the intervals, "
-                       "--keep, --device, --tensorboard and --data (the same pictures elsewhere) may be given")  # fmt: skip
+                       "--keep, --device, --tensorboard and --data (the same, moved) may be given")  # fmt: skip
     length = group.add_mutually_exclusive_group()
     length.add_argument("--steps", type=positive, metavar="N", help="training steps in all")
     length.add_argument("--epochs", type=positive, metavar="N", help="passes over the data (default: 25; small32: 40)")
