@@ -12,17 +12,8 @@ from dcgan.errors import InputError
 from kernels import BACKENDS
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
-MAY_CHANGE = (
-    "steps",
-    "epochs",
-    "log_every",
-    "sample_every",
-    "checkpoint_every",
-    "keep",
-    "device",
-    "tensorboard",
-    "data",
-)
+INTERVALS = ("log_every", "sample_every", "checkpoint_every", "keep")
+MAY_CHANGE = ("steps", "epochs", *INTERVALS, "device", "tensorboard", "data")
 """What `--resume` may set anew. The numbers depend on none of it but the device; `data` must be the same pictures,
 wherever they lie now."""
 
