@@ -135,7 +135,7 @@ class Trainer:
         """
         if self.saved is not None and checkpoints.step_of(self.saved) == self.step:
             return
-        self._check_finite()
+        self._finite_sums()
         snapshot = self.snapshot()
         for name, tensors in snapshot.models.items():
             for key, value in tensors.items():
@@ -244,8 +244,8 @@ class Trainer:
 
     def _log(self, progress: Progress) -> None:
         """Read the interval's means from the device, the one place where the loop waits for it."""
-        means = dict(zip(METRICS, (self.sums / self.summed).tolist(), strict=True))
-        self._check_finite()
+        sums = self._finite_sums()
+        means = {name: value / self.summed for name, value in zip(METRICS, sums, strict=True)}
         line = {"step": self.step, "epoch": round(self.step / self.batches.per_epoch, 4), **means}
         line |= {"images_per_s": self.clock.lap(), "seconds": self.clock.seconds}
         self.metrics.append(line)
@@ -267,10 +267,12 @@ class Trainer:
 
     # What goes wrong
 
-    def _check_finite(self) -> None:
-        losses = self.sums[:2].tolist()
-        if not all(map(math.isfinite, losses)):
+    def _finite_sums(self) -> list[float]:
+        """The interval's sums, read once from the device. Raises NotFinite where a loss is NaN or infinite."""
+        sums = self.sums.tolist()
+        if not all(map(math.isfinite, sums[:2])):
             raise NotFinite(f"loss_d or loss_g is not finite by step {self.step}")
+        return sums
 
     def _roll_back(self, error: NotFinite) -> None:
         """Return to the last checkpoint, with another order and other noise: the same would fail the same way.
