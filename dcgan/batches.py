@@ -6,6 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dcgan.streaming import Ring, send
+from kernels.dispatch import why_not
+from kernels.engine import launchers
+
 RESIDENT_FRACTION = 0.25  # of the device's free memory: what a data set may take to live there as uint8
 
 
@@ -28,9 +32,12 @@ def _free_bytes(device: torch.device) -> int:
 class Batches:
     """Shuffled batches of a uint8 image set, each picture once an epoch, the last batch of an epoch smaller.
 
+    A batch is in two parts: `seek` is the host's, and sends nothing to the device but a new epoch's order; `take` is
+    the device's, and reads no value of the host's, so that a CUDA graph can hold it.
+
     Args:
         images: uint8 (N, H, W, C), as `dcgan.data.open_images` gives it; copied to the device where it is small
-            beside the free memory there, else gathered from the memory map a batch at a time.
+            beside the free memory there, else streamed through two batches of room on it (`dcgan.streaming`).
         batch_size: images a batch.
         seed: of the order and the mirroring.
         flip: mirror each picture left to right with probability one half, drawn anew each epoch.
@@ -51,45 +58,88 @@ class Batches:
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.count = len(images)
         self.resident = images.nbytes <= RESIDENT_FRACTION * _free_bytes(self.device)
-        self.images = torch.from_numpy(np.array(images)).to(self.device) if self.resident else images
-        self._epoch: int | None = None
+        if self.resident:
+            self.ring, self.rows = None, torch.from_numpy(np.array(images)).to(self.device)
+        else:
+            self.ring = Ring(images, batch_size, self.device)
+            self.rows = self.ring.rows
+        places = len(self.rows)
+        self.permutation = torch.arange(places, device=self.device)
+        self.mirrored = torch.zeros(places, dtype=torch.uint8, device=self.device) if flip else None
+        self.cursor = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.ticket = torch.zeros(1, dtype=torch.int32, device=self.device)
+        triton = why_not("triton", self.device, torch.float32) is None and self.device.type == "cuda"
+        self._gather = launchers("triton" if triton else "eager").gather
+        self._orders: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
+        self._epoch: tuple[int, int] | None = None  # whose order is on the device
+        self._next = 0  # where the cursor is
 
     @property
     def per_epoch(self) -> int:
         """Batches an epoch, the last smaller one included."""
         return -(-self.count // self.batch_size)
 
-    def _draw(self, epoch: int, course: int) -> None:
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", epoch, course))
-        self._order = torch.randperm(self.count, generator=generator)
-        self._mirrored = torch.rand(self.count, generator=generator) < 0.5 if self.flip else None
-        self._epoch = (epoch, course)
+    def size(self, step: int) -> int:
+        """Images of the batch of training step `step`: `batch_size`, or what is left of the epoch."""
+        return min(self.batch_size, self.count - step % self.per_epoch * self.batch_size)
 
-    def __call__(self, step: int, course: int = 0) -> Tensor:
-        """The batch of training step `step`, counted from 0.
+    def _drawn(self, epoch: int, course: int) -> tuple[Tensor, Tensor | None]:
+        """An epoch's order, and which of its places are mirrored; the last two epochs' are kept."""
+        if (epoch, course) in self._orders:
+            return self._orders[epoch, course]
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", epoch, course))
+        order = torch.randperm(self.count, generator=generator)
+        mirrored = torch.rand(self.count, generator=generator) < 0.5 if self.flip else None
+        kept = list(self._orders.items())[-1:]
+        self._orders = {**dict(kept), (epoch, course): (order, None if mirrored is None else mirrored.to(torch.uint8))}
+        return self._orders[epoch, course]
+
+    def seek(self, step: int, course: int = 0) -> int:
+        """Make the next `take` that of training step `step`, counted from 0.
 
         Args:
             step: which batch.
             course: a number that changes the order, for a run that was rolled back and must not meet the same again.
 
         Returns:
-            Images (n, C, H, W), float32 in [-1, 1], n = `batch_size` or what is left of the epoch.
+            How many images it has.
         """
         epoch, position = divmod(step, self.per_epoch)
-        if self._epoch != (epoch, course):
-            self._draw(epoch, course)
-        chosen = slice(position * self.batch_size, (position + 1) * self.batch_size)
-        rows = self._order[chosen]
-        if self.resident:
-            batch = self.images[rows.to(self.device)]
+        n = self.size(step)
+        if self.ring is None:
+            start = position * self.batch_size
+            if self._epoch != (epoch, course):
+                order, mirrored = self._drawn(epoch, course)
+                send(order, self.permutation)
+                if mirrored is not None:
+                    send(mirrored, self.mirrored)
+                self._epoch = (epoch, course)
         else:
-            batch = torch.from_numpy(self.images[rows.numpy()]).to(self.device)
-        batch = batch.permute(0, 3, 1, 2).to(torch.float32, memory_format=self.memory_format)
-        batch = batch.mul_(2 / 255).sub_(1)
-        if self._mirrored is not None:
-            mirrored = self._mirrored[chosen].to(self.device)[:, None, None, None]
-            batch = torch.where(mirrored, batch.flip(3), batch)
-        return batch
+            start = self.ring.turn(step, course, self._chosen, self.mirrored)
+        if start != self._next:
+            self.cursor.fill_(start)
+        self._next = (start + n) % len(self.rows)
+        return n
+
+    def _chosen(self, step: int, course: int) -> tuple[Tensor, Tensor | None]:
+        """The rows of a step's batch, and which are mirrored."""
+        epoch, position = divmod(step, self.per_epoch)
+        chosen = slice(position * self.batch_size, (position + 1) * self.batch_size)
+        order, mirrored = self._drawn(epoch, course)
+        return order[chosen], None if mirrored is None else mirrored[chosen]
+
+    def take(self, n: int, out: Tensor | None = None) -> Tensor:
+        """The next n images (n, C, H, W) in [-1, 1]: float32, or to `out`, channels_last, of its type."""
+        batch = self._gather(
+            self.rows, self.permutation, self.cursor, n, self.mirrored,
+            torch.float32 if out is None else out.dtype, ticket=self.ticket,
+            out=None if out is None else out.permute(0, 2, 3, 1),
+        ).permute(0, 3, 1, 2)  # fmt: skip
+        return batch if out is not None else batch.contiguous(memory_format=self.memory_format)
+
+    def __call__(self, step: int, course: int = 0) -> Tensor:
+        """The batch of training step `step`; see `seek`, `take`."""
+        return self.take(self.seek(step, course))
 
 
 class Noise:

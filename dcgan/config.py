@@ -13,7 +13,7 @@ from kernels import BACKENDS
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 INTERVALS = ("log_every", "sample_every", "checkpoint_every", "keep")
-MAY_CHANGE = ("steps", "epochs", *INTERVALS, "device", "tensorboard", "data")
+MAY_CHANGE = ("steps", "epochs", *INTERVALS, "device", "cuda_graph", "tensorboard", "data")
 """What `--resume` may set anew. The numbers depend on none of it but the device; `data` must be the same pictures,
 wherever they lie now."""
 
@@ -54,6 +54,9 @@ class Config:
     checkpoint_every: int
     keep: int
     tensorboard: bool
+    channels_last: bool = False
+    compile: bool = False
+    cuda_graph: bool = False
     resolved: dict = field(default_factory=dict)
 
     @property
@@ -106,6 +109,7 @@ FIELDS = {
     **dict.fromkeys(("nz", "ngf", "ndf", "batch_size", "steps", "keep"), COUNT),
     **dict.fromkeys(("log_every", "sample_every", "checkpoint_every"), COUNT),
     **dict.fromkeys(("dense", "strict", "deterministic", "flip", "tensorboard"), FLAG),
+    **dict.fromkeys(("channels_last", "compile", "cuda_graph"), FLAG),
     **dict.fromkeys(("ema", "beta1"), FRACTION),
     "lr": ((int, float), "a number in (0, 1]", lambda x: 0 < x <= 1),
     "seed": (int, "a whole number", lambda _: True),
@@ -145,17 +149,39 @@ def fast_bf16(device: torch.device) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def resolve_precision(name: str, device: torch.device, fused: str | None) -> str:
-    """`auto` is bf16 where that is fast, else fp32. Raises InputError for what the device or the step cannot do."""
+def resolve_precision(name: str, device: torch.device) -> str:
+    """`auto` is bf16 where that is fast, else fp32. Raises InputError for what the device cannot do."""
     if name == "auto":
         return "bf16" if fast_bf16(device) else "fp32"
     if name in ("tf32", "fp16") and device.type != "cuda":
         raise InputError(f"--precision {name} needs a CUDA device; on a CPU choose auto, fp32 or bf16")
-    if name == "fp16" and fused == "stacks":
-        raise InputError(
-            "--precision fp16 is not served by --fused: choose auto, bf16, tf32 or fp32, or --fused modules"
-        )
     return name
+
+
+def resolve_rungs(flags: dict, device: torch.device, precision: str, fused: str | None) -> dict[str, bool]:
+    """channels_last, compile and cuda_graph: what `--fused` brings with it, and what else was asked for.
+
+    Raises:
+        InputError: a rung that the device, or the rung above it, does not have.
+    """
+    given = {name: flags.get(name) for name in ("channels_last", "compile", "cuda_graph")}
+    if fused and given["channels_last"] is False:
+        raise InputError("--no-channels-last: --fused works in channels_last memory alone")
+    if fused == "stacks" and given["compile"]:
+        raise InputError("--compile is of the plain step and of --fused modules: --fused leaves nothing to compile")
+    if given["cuda_graph"] and device.type != "cuda":
+        raise InputError(f"--cuda-graph needs a CUDA device, this is {device.type}")
+    scaled = precision == "fp16" and fused != "stacks"
+    if given["cuda_graph"] and scaled:
+        raise InputError(
+            "--cuda-graph with --precision fp16 is of --fused alone: elsewhere the host reads the loss scale"
+        )
+    graph = device.type == "cuda" and fused is not None and not scaled
+    return {
+        "channels_last": fused is not None if given["channels_last"] is None else given["channels_last"],
+        "compile": bool(given["compile"]),
+        "cuda_graph": graph if given["cuda_graph"] is None else given["cuda_graph"],
+    }
 
 
 def resolve_arch(flags: dict, preset: str, channels: int) -> Arch:

@@ -1,4 +1,4 @@
-"""`python -m dcgan.doctor`: what this machine has, and which backend would run each layer, and why."""
+"""`python -m dcgan.doctor`: what this machine has, and which backend would run each op and layer, and why."""
 
 import argparse
 import importlib.metadata
@@ -6,14 +6,22 @@ import os
 import platform
 import sys
 import warnings
+from collections.abc import Iterator
 
 import torch
 
-from dcgan.arch import PRESETS
+from dcgan.arch import PRESETS, Preset
 from dcgan.config import choose_device, fast_bf16
 from dcgan.errors import run_command
 from dcgan.flags import Parser
+from kernels import _cuda, tuning
 from kernels.dispatch import op_of, select
+from kernels.geometry import Layer
+from kernels.pool import Pool
+from kernels.products import choose
+
+Row = tuple[str, str, str, str]
+"""Layer, op or kernel, backend, why."""
 
 
 def version(package: str) -> str:
@@ -32,11 +40,53 @@ def machine(device: torch.device) -> list[tuple[str, str]]:
         capability = f"{properties.major}.{properties.minor}"
         gib = properties.total_memory / 2**30
         lines.append(("device", f"{properties.name}, compute capability {capability}, {gib:.0f} GiB"))
+        table, why = tuning.load(properties.name)
+        measured = sum(map(len, (*table.ops.values(), *table.tiles.values()))) if table else 0
+        lines.append(("tuned table", f"{measured} entries" if table else why))
     else:
         lines.append(("device", f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"))
     lines.append(("fast bf16", "yes: --precision auto is bf16" if fast_bf16(device) else "no: auto is fp32"))
-    lines.append(("extension", "kernels._C is not built: csrc/ has no sources"))
+    lines.append(("extension", _cuda.available() or "kernels._C is built"))
     return lines
+
+
+def ops(preset: Preset, device: torch.device, dtype: torch.dtype) -> Iterator[Row]:
+    """The public ops on each layer of a preset, and those that belong to none."""
+    arch, batch = preset.arch, preset.batch_size
+    for layer in arch.generator + arch.discriminator:
+        yield layer.name, op_of(layer), *select(op_of(layer), layer, device, dtype, images=batch)
+    yield "D", "gan_loss", *select("gan_loss", None, device, dtype, images=2 * batch)
+    for name, layers in (("G", arch.generator), ("D", arch.discriminator)):
+        parameters = sum(layer.parameters for layer in layers)
+        yield name, "adam_step", *select("adam_step", None, device, torch.float32, images=parameters)
+    yield "", "gather_images", *select("gather_images", None, device, dtype, images=batch)
+
+
+def fused_step(preset: Preset, device: torch.device, dtype: torch.dtype) -> Iterator[Row]:
+    """What `--fused` runs for each layer: on a CPU one way for all its products, on a GPU a tile for each of them."""
+    arch = preset.arch
+    for layers, images in ((arch.generator, preset.batch_size), (arch.discriminator, 2 * preset.batch_size)):
+        for layer in layers:
+            if device.type != "cuda":
+                yield layer.name, "all", "eager", choose(layer, dtype, Pool(device)).WHY
+            elif layer.stride == 2:
+                name = tuning.device_name(device)
+                precision = tuning.precision_of(dtype, torch.backends.cudnn.allow_tf32)
+                for kernel, shape in products(layer):
+                    yield layer.name, kernel, *tuning.explain(name, kernel, shape, precision, images)
+            elif layer.kind == "conv":
+                yield layer.name, "head", "triton", "with the loss, and batch norm before it"
+            else:
+                yield layer.name, "matmul", "library", "a plain matrix product"
+
+
+def products(layer: Layer) -> Iterator[tuple[str, tuple[int, int, int]]]:
+    """A layer's products, forward, by its input and by its weight, as the tuned table calls them."""
+    forward = (layer.in_channels, layer.out_channels, layer.in_size)
+    backward = (layer.out_channels, layer.in_channels, layer.out_size)
+    yield layer.kind, forward
+    yield "conv_transpose" if layer.kind == "conv" else "conv", backward
+    yield "wgrad", backward if layer.kind == "conv" else forward
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,17 +97,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--preset", choices=PRESETS, default="dcgan64", help="whose layers (default: dcgan64)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     args = parser.parse_args(argv)
-    device = choose_device(args.device)
-    for name, value in machine(device):
-        print(f"{name:<12}{value}")
+    device, preset = choose_device(args.device), PRESETS[args.preset]
     dtype = torch.bfloat16 if fast_bf16(device) else torch.float32
-    print(f"\nThe ops of `kernels` on {args.preset}, {str(dtype).removeprefix('torch.')}, under auto:")
-    arch = PRESETS[args.preset].arch
+    setting = f"{args.preset} at batch {preset.batch_size}, {str(dtype).removeprefix('torch.')}"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # each fallback is a line of the table
-        for layer in arch.generator + arch.discriminator:
-            choice = select(op_of(layer), layer, device, dtype)
-            print(f"{layer.name:<4}{op_of(layer):<24}{choice.backend:<8}{choice.why}")
+        for name, value in machine(device):
+            print(f"{name:<12}{value}")
+        for title, rows in (
+            (f"The ops of `kernels` on {setting}, under auto:", ops(preset, device, dtype)),
+            (f"The step of --fused on {setting}:", fused_step(preset, device, dtype)),
+        ):
+            print(f"\n{title}")
+            for layer, op, backend, why in rows:
+                print(f"{layer:<4}{op:<24}{backend:<8}{why}")
 
 
 if __name__ == "__main__":

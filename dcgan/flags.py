@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
                        "MNIST or CIFAR-10 files; .npy or .npz; or a name: mnist, fashion-mnist, cifar10")  # fmt: skip
     group.add_argument("--out", metavar="RUN", help="the run's directory (default: a new one under runs/)")
     group.add_argument("--resume", metavar="RUN", help="go on with a run; only --steps, --epochs, the intervals, "
-                       "--keep, --device, --tensorboard and --data (the same, moved) may be given")  # fmt: skip
+                       "--keep, --device, --cuda-graph, --tensorboard and --data (the same) may be given")  # fmt: skip
     length = group.add_mutually_exclusive_group()
     length.add_argument("--steps", type=positive, metavar="N", help="training steps in all")
     length.add_argument("--epochs", type=positive, metavar="N", help="passes over the data (default: 25; small32: 40)")
@@ -82,6 +82,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="modules",
         help="the fast path of the device, same numbers; `--fused modules` stops at one fused op a layer",
     )
+    for flag, what in (
+        ("--channels-last", "channels_last memory (default: with --fused)"),
+        ("--compile", "torch.compile of both networks, of the plain step or of --fused modules"),
+        ("--cuda-graph", "replay the whole step as one CUDA graph (default: with --fused on a GPU)"),
+    ):
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, help=what)
     group.add_argument("--backend", choices=BACKENDS, help="of the fused modules' ops (default: auto)")
     group.add_argument("--strict", action="store_true", help="a fused module that falls back to eager is an error")
     group.add_argument("--precision", choices=settings.PRECISIONS, help="auto (default): bf16 where fast, else fp32")

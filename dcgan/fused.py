@@ -1,17 +1,25 @@
 """The training step of `--fused`: equal to `dcgan.step.ReferenceStep` in exact arithmetic, and faster.
 
 What it does differently: one pass of D over [real | fake] with separate statistics; no weight gradients of D in G's
-step; operands derived from the weights once an update; backward passes written out, over buffers that stay; and
-products that need fewer multiplications (`kernels.tiles`). docs/cpu.md says what each is worth on a CPU.
+step; operands derived from the weights once an update; backward passes written out, over buffers that stay. On a CPU
+the networks are `dcgan.cpu_stacks`, with products that need fewer multiplications (docs/cpu.md says what each part is
+worth); on a GPU `dcgan.stacks`, over the fused kernels, and a step is nothing but launches (docs/step.md).
 """
+
+from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
-from dcgan.stacks import Discriminator, Generator
-from dcgan.step import Precision, Update
-from kernels import eager
+from dcgan import cpu_stacks, stacks
+from dcgan.step import AUTOCAST_DTYPE, Precision, Update
+from kernels import engine
 from kernels.pool import Pool
+
+FIRST_SCALE = 2.0**16
+"""Of the loss in fp16, as torch.amp.GradScaler begins."""
+
+SERVED = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "tf32", "bf16", "fp16")}
 
 
 class FusedStep:
@@ -23,11 +31,14 @@ class FusedStep:
         optimizer_g, optimizer_d: Adam over their parameters. Its state is kept in the parameters' memory format, now
             and whenever a state is loaded, since the fused update walks both in memory order.
         update: `alternating` or `simultaneous`.
-        precision: `fp32` computes in the parameters' own type, `bf16` keeps maps and matrix products in bfloat16 with
-            float32 sums; parameters, gradients, statistics and losses stay as they are. `tf32` needs a GPU.
+        precision: `fp32` computes in the parameters' own type; `bf16` and `fp16` keep maps and matrix products in 16
+            bits with float32 sums, fp16 with a loss scale that lives on the device; parameters, gradients, statistics
+            and losses stay as they are. `tf32` and `fp16` need a GPU.
+        launch: the launchers that the stacks run over, of `kernels.engine.launchers`; where None those of Triton on a
+            GPU, and on a CPU the products of `kernels.products`.
 
     Raises:
-        ValueError: a precision or an update that is not served.
+        ValueError: a precision, an update or an option of the optimiser that is not served.
     """
 
     def __init__(
@@ -38,77 +49,96 @@ class FusedStep:
         optimizer_d: torch.optim.Optimizer,
         update: Update = "alternating",
         precision: Precision = "fp32",
+        launch: ModuleType | SimpleNamespace | None = None,
     ):
         if update not in ("alternating", "simultaneous"):
             raise ValueError(f"update is {update!r}: accepted are 'alternating' and 'simultaneous'")
         parameter = next(generator.parameters())
-        served = ("fp32", "bf16") if parameter.device.type == "cpu" else ("fp32", "tf32", "bf16")
-        if precision not in served:
-            raise ValueError(
-                f"precision {precision!r}: the fused step on {parameter.device.type} accepts {', '.join(served)}"
-            )
+        device = parameter.device
+        if precision not in SERVED[device.type] and launch is None:
+            accepted = ", ".join(SERVED[device.type])
+            raise ValueError(f"precision {precision!r}: the fused step on {device.type} accepts {accepted}")
         self.update, self.optimizer_g, self.optimizer_d = update, optimizer_g, optimizer_d
-        for model, optimizer in ((generator, optimizer_g), (discriminator, optimizer_d)):
-            model.to(memory_format=torch.channels_last)
-            match_layout(optimizer)
-            optimizer.register_load_state_dict_post_hook(match_layout)
-        self.dtype = torch.bfloat16 if precision == "bf16" else parameter.dtype
-        self.pool = Pool(parameter.device)
-        self.generator = Generator(generator, self.dtype, self.pool)
-        self.discriminator = Discriminator(discriminator, self.dtype, self.pool)
+        self.dtype = AUTOCAST_DTYPE.get(precision, parameter.dtype)
+        self.pool, self.loss_scale = Pool(device), None
+        if launch is None and device.type == "cpu":
+            parts = (self.dtype, self.pool)
+            self.generator = cpu_stacks.Generator(generator, optimizer_g, *parts)
+            self.discriminator = cpu_stacks.Discriminator(discriminator, optimizer_d, *parts)
+        else:
+            if precision == "fp16":
+                self.loss_scale = torch.tensor([FIRST_SCALE, 0.0, 0.0], device=device)
+            parts = (launch or engine.launchers("triton"), self.dtype, precision, self.loss_scale)
+            self.generator = stacks.Generator(generator, optimizer_g, *parts)
+            self.discriminator = stacks.Discriminator(discriminator, optimizer_d, *parts)
 
     def backends(self) -> list[dict[str, str]]:
-        """What runs each layer, for config.json and the report: the products that `kernels.products.choose` took."""
-        stages = self.generator.stages + self.discriminator.stages
-        return [{"layer": s.layer.name, "backend": "eager", "why": s.product.WHY} for s in stages]
+        """What runs each layer, and why, for config.json and the report."""
+        return self.generator.backends() + self.discriminator.backends()
 
     def state_dict(self) -> dict:
-        """Nothing beside the networks and their optimisers; see `ReferenceStep.state_dict`."""
-        return {}
+        """What a step keeps beside the networks and their optimisers: fp16's loss scale."""
+        return {} if self.loss_scale is None else {"loss_scale": self.loss_scale.cpu()}
 
     def load_state_dict(self, state: dict) -> None:
-        pass
+        """Take over `state_dict`'s."""
+        if self.loss_scale is not None and "loss_scale" in state:
+            self.loss_scale.copy_(state["loss_scale"])
+
+    def refresh(self) -> bool:
+        """Take over what changed outside since the last step: weights, optimiser states.
+
+        Returns:
+            Whether tensors are elsewhere than before, which voids a captured graph of this step.
+        """
+        return bool(self.generator.refresh() | self.discriminator.refresh())
+
+    def room(self, n: int) -> Tensor:
+        """Where the step reads n real images (n, C, H, W) from, of its own type, channels_last: fill it and hand it
+        over, and nothing is copied. The same memory whenever n is the same."""
+        return self._images(n)[:n]
+
+    def _images(self, n: int) -> Tensor:
+        arch = self.discriminator.arch
+        shape = (2 * n, arch.channels, arch.image_size, arch.image_size)
+        return self.pool.images("images" if self.pool.device.type == "cpu" else f"images.{n}", shape, self.dtype)
 
     @torch.no_grad()
     def __call__(self, real: Tensor, z: Tensor) -> Tensor:
         """One update of both networks.
 
         Args:
-            real: images (N, C, H, W) in [-1, 1].
+            real: images (N, C, H, W) in [-1, 1]; best those of `room`.
             z: noise (N, nz).
 
         Returns:
             `dcgan.step.METRICS` (5,), on the device; nothing waits for it.
         """
+        self.refresh()
+        return self.run(real, z)
+
+    @torch.no_grad()
+    def run(self, real: Tensor, z: Tensor) -> Tensor:
+        """The device's part of a call: what a CUDA graph captures."""
         n = real.shape[0]
-        images = self.pool.images("images", (2 * n, *real.shape[1:]), self.dtype)
-        images[:n].copy_(real)
-        fake = images[n:]
-        self.generator.pack()
-        self.discriminator.pack()  # the weights may have been loaded since the last step
+        images = self._images(n)
+        if real.data_ptr() != images.data_ptr():
+            images[:n].copy_(real)
+        d, fake = self.discriminator, images[n:]
         self.generator.forward(z, out=fake)
-        logits = self.discriminator.forward(images, groups=2)
-        on_real, on_fake = eager.gan_loss(logits[:n], real=True), eager.gan_loss(logits[n:], real=False)
-        self.discriminator.backward(torch.cat([on_real.grad, on_fake.grad]), weights=True, images=False)
+        for_d = d.forward(images, real=(True, False), weights=True)
+        d.backward(for_d.dlogits, weights=True)
         if self.update == "alternating":
-            self.optimizer_d.step()
-            self.discriminator.pack()
-            for_g = eager.gan_loss(self.discriminator.forward(fake, groups=1), real=True)
-            by_images = self.discriminator.backward(for_g.grad, weights=False, images=True)
-            after = for_g.probability
+            d.update()
+            for_g = d.forward(fake, real=(True,), weights=False)
+            after = for_g.means[1, 0]
         else:
-            for_g = eager.gan_loss(logits[n:], real=True)
-            by_images = self.discriminator.backward(for_g.grad, weights=False, images=True)
-            self.optimizer_d.step()
-            after = torch.full_like(for_g.probability, float("nan"))
+            for_g = d.last_as_real()
+            after = torch.full_like(for_g.means[1, 0], float("nan"))
+        by_images = d.backward(for_g.dlogits, weights=False)
+        if self.update == "simultaneous":
+            d.update()
         self.generator.backward(by_images)
-        self.optimizer_g.step()
-        return torch.stack([on_real.loss + on_fake.loss, for_g.loss, on_real.probability, on_fake.probability, after])
-
-
-def match_layout(optimizer: torch.optim.Optimizer) -> None:
-    """Give the optimiser's tensors the memory format of their parameters."""
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if torch.is_tensor(value) and value.shape == parameter.shape and value.stride() != parameter.stride():
-                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        self.generator.update()
+        loss_d, p = for_d.means[0, 0] + for_d.means[0, 1], for_d.means[1]
+        return torch.stack([loss_d, for_g.means[0, 0], p[0], p[1], after])

@@ -1,168 +1,283 @@
-"""A whole generator or discriminator as one explicit forward and one explicit backward over the kernels' launchers.
+"""A whole generator or discriminator over the launchers of `kernels`: one explicit forward, one explicit backward.
 
-The stacks know the layers and their order; `kernels` knows the arithmetic. Parameters and running statistics are those
-of the module; gradients are written to tensors of the stack's own. Maps and operands live in a pool and last until the
-next pass, so a step allocates next to nothing.
+Where modules hand each other finished maps, a stack fuses across layers: a layer's batch-norm reductions happen in the
+epilogue of the next layer's data gradient, the tanh of the images is undone in the data gradient of D's first layer,
+D's last batch norm is applied as its head reads it, and the real and the fake images go through D together, a group
+each. Maps are NHWC; the launchers' twins in `kernels.reference` run the same code in float64 on a CPU.
 """
+
+from types import ModuleType, SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kernels import eager
-from kernels.geometry import Layer
-from kernels.pool import Pool
-from kernels.products import choose
-
-SLOPE = {"relu": 0.0, "leaky_relu": 0.2}
+from dcgan.weights import Weights
+from kernels import reference
+from kernels.geometry import STATE, Epilogue, Layer, Merge, Partials
 
 
-class Stage:
-    """One layer: its geometry, convolution, batch norm, products and gradients, and the maps of the last forward."""
+class Judged(NamedTuple):
+    """What D says of a batch.
 
-    def __init__(
-        self, layer: Layer, convolution: nn.Module, norm: nn.BatchNorm2d | None, dtype: torch.dtype, pool: Pool
-    ):
-        self.layer, self.convolution, self.norm, self.dtype, self.pool = layer, convolution, norm, dtype, pool
-        self.slope = SLOPE.get(layer.activation)
-        self.product = choose(layer, dtype, pool)
-        self.packed = self.high = self.low = None  # operands of `product`
-        self.z = self.y = self.kept = None  # the convolution's output, the activation's, batch norm's statistics
-        self.weight_grad = torch.empty_like(convolution.weight)
-
-    def pack(self) -> None:
-        self.packed = self.product.pack(self.convolution.weight)
-
-    def map(self, name: str, like: Tensor) -> Tensor:
-        """A buffer of this stage for a map of `like`'s shape."""
-        return self.pool.images(f"{self.layer.name}.{name}", tuple(like.shape), self.dtype)
-
-    def scratch(self, like: Tensor) -> Tensor:
-        """A buffer of `like`'s shape that the stages share: nothing in it outlives one call."""
-        return self.pool.images("scratch.map", tuple(like.shape), self.dtype)
-
-    def dense(self, z: Tensor) -> Tensor:
-        """`z` itself where its memory is channels_last without gaps, else a copy in the pool."""
-        return z if z.is_contiguous(memory_format=torch.channels_last) else self.map("z", z).copy_(z)
-
-    def activate(self, z: Tensor, groups: int, out: Tensor) -> Tensor:
-        """Batch norm and activation of the convolution's output, to `out`; keeps what the backward needs."""
-        self.y = out
-        if self.norm is None:
-            eager.leaky_relu(z, self.slope, out)
-        else:
-            self.z = self.dense(z)
-            self.kept = eager.batch_norm_act(self.z, self.norm, self.slope, groups, self.scratch(z), out)
-        return out
-
-    def activate_backward(self, grad: Tensor, weights: bool, out: Tensor) -> Tensor:
-        """The gradient by the convolution's output, to `out`; with `weights`, batch norm's own go to `.grad`.
-
-        `grad` may be that of the forward's last groups alone.
-        """
-        n = len(grad)
-        y = self.y[-n:]
-        if self.norm is None:
-            eager.leaky_relu_backward(grad, y, self.slope, out)
-            return out
-        kept = self.kept[-(len(self.kept) * n // len(self.y)) :]
-        sums = eager.batch_norm_act_backward(
-            grad, self.z[-n:], y, self.norm, self.slope, kept, weights, self.scratch(grad), out
-        )
-        if weights:
-            self.norm.weight.grad, self.norm.bias.grad = sums
-        return out
-
-    def weight_backward(self, high: Tensor, low: Tensor) -> None:
-        self.product.weight_grad(high, low, self.weight_grad)
-        self.convolution.weight.grad = self.weight_grad
-
-
-def stages(model: nn.Module, layers: tuple[Layer, ...], dtype: torch.dtype, pool: Pool) -> list[Stage]:
-    """A stage for each layer, with the modules of `model.main` that belong to it."""
-    convolutions = [m for m in model.main if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
-    norms = iter([m for m in model.main if isinstance(m, nn.BatchNorm2d)])
-    return [
-        Stage(layer, convolution, next(norms) if layer.batch_norm else None, dtype, pool)
-        for layer, convolution in zip(layers, convolutions, strict=True)
-    ]
-
-
-class Discriminator:
-    """Forward and backward of a `dcgan.model.Discriminator`.
-
-    Args:
-        model: in training mode, convolution weights in channels_last memory.
-        dtype: of maps and matrix products.
-        pool: of buffers.
+    logits: (N,). dlogits: (N,), the gradient of the sum of the groups' mean losses, times the loss scale.
+    means: (2, groups): each group's mean loss, and the mean probability that its images are real.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, pool: Pool):
-        self.stages = stages(model, model.arch.discriminator, dtype, pool)
+    logits: Tensor
+    dlogits: Tensor
+    means: Tensor
 
-    def pack(self) -> None:
-        """Derive the operands from the weights, after these changed."""
-        for stage in self.stages:
-            stage.pack()
 
-    def forward(self, images: Tensor, groups: int) -> Tensor:
-        """Images (N, C, H, W), in `groups` of separate batch statistics → logits (N,), at least float32."""
-        x = images
-        for stage, following in zip(self.stages, [*self.stages[1:], None], strict=True):
-            stage.high = stage.product.high(x)
-            x = stage.product.to_low(stage.high, stage.packed)
-            if following:
-                x = stage.activate(x, groups, following.product.high_map(len(images)))
-        return x.flatten()
+class Stage(NamedTuple):
+    """A layer with its packed weight and gradient, (low, R, S, high) both, and its batch norm."""
 
-    def backward(self, grad: Tensor, weights: bool, images: bool) -> Tensor | None:
-        """From the gradient by the logits (N,), after a forward.
+    layer: Layer
+    weight: Tensor
+    grad: Tensor
+    norm: nn.BatchNorm2d | None
 
-        With `weights` the parameters' gradients are left in `.grad`; with `images` the one by the images is returned.
-        Without `weights`, `grad` may be that of the last groups alone.
+
+class Kept(NamedTuple):
+    """Of a layer's forward pass, for its backward: input (None where no weight gradient is wanted), raw output (the
+    activated one without batch norm), and batch-norm state."""
+
+    x: Tensor | None
+    y: Tensor
+    state: Tensor | None
+
+
+class Stack:
+    """What generators and discriminators share.
+
+    Args:
+        model: of `dcgan.model`, in training mode.
+        layers: its table.
+        optimizer: Adam over its parameters.
+        launch: a backend's launchers.
+        dtype: of maps and matrix products.
+        precision: `tf32` lets float32 products use the tensor cores.
+        loss_scale: of `dcgan.weights.Weights`, of both networks; None for none.
+    """
+
+    last = False  # whether this network's update is the step's last
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: tuple[Layer, ...],
+        optimizer: torch.optim.Adam,
+        launch: ModuleType | SimpleNamespace,
+        dtype: torch.dtype,
+        precision: str,
+        loss_scale: Tensor | None,
+    ):
+        self.model, self.arch, self.layers, self.launch = model, model.arch, layers, launch
+        self.weights = Weights(model, optimizer, launch, dtype, loss_scale, self.last)
+        self.options = {} if launch is reference else {"precision": "tf32" if precision == "tf32" else "ieee"}
+        self.bind()
+
+    def bind(self) -> None:
+        """Find the tensors of each layer; again after they moved."""
+        convolutions = [m for m in self.model.main if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
+        norms = iter([m for m in self.model.main if isinstance(m, nn.BatchNorm2d)])
+        self.stages = [
+            Stage(
+                layer,
+                self.weights.packed(convolution.weight),
+                convolution.weight.grad.permute(0, 2, 3, 1),
+                next(norms) if layer.batch_norm else None,
+            )
+            for layer, convolution in zip(self.layers, convolutions, strict=True)
+        ]
+
+    def backends(self) -> list[dict[str, str]]:
+        """What runs each layer, and why."""
+        name = "eager" if self.launch is reference else "triton"
+        ends = {self.stages[0].layer.name: "the library's matrix product"} if self.arch.generator is self.layers else {}
+        return [
+            {"layer": layer.name, "backend": name, "why": ends.get(layer.name, "the stack's own launcher")}
+            for layer in self.layers
+        ]
+
+    def refresh(self) -> bool:
+        """Take over what changed outside; True where tensors moved."""
+        moved = self.weights.refresh()
+        if moved:
+            self.bind()
+        return moved
+
+    def update(self) -> None:
+        """Adam, from the gradients that `backward` left."""
+        self.weights.update()
+
+    def normalised(self, stage: Stage, groups: int = 1) -> Epilogue:
+        """The epilogue that takes and merges a layer's statistics; its running statistics move."""
+        n = stage.norm
+        merge = Merge(
+            n.weight.detach(), n.bias.detach(), n.running_mean, n.running_var, n.num_batches_tracked, n.eps, n.momentum
+        )
+        return Epilogue(groups=groups, statistics=True, merge=merge)
+
+    def state(self, epilogue: Epilogue, found: Partials | Tensor) -> Tensor:
+        """The batch-norm state that an epilogue left, by a launch more where the backend does not merge."""
+        return found if isinstance(found, Tensor) else self.launch.merge_statistics(found, *epilogue.merge)
+
+    def below(self, stage: Stage, kept: Kept, groups: int, weights: bool) -> Epilogue:
+        """The epilogue of a data gradient that goes on through the activation and batch norm of the layer below."""
+        merge = None
+        if stage.norm is not None:
+            merge = Merge(stage.norm.weight.grad, stage.norm.bias.grad) if weights else Merge(None, None)
+        state = kept.state if stage.norm is not None else None
+        return Epilogue(stage.layer.activation, groups=groups, saved=kept.y, state=state, merge=merge)
+
+    def norm_backward(self, stage: Stage, kept: Kept, g: Tensor, found: Partials | Tensor, weights: bool) -> Tensor:
+        """From the gradient behind the activation, and its sums or their means, to the one by the raw output."""
+        if not isinstance(found, Tensor):
+            rows = kept.y[..., 0].numel() // kept.state.shape[1]
+            out = (stage.norm.weight.grad, stage.norm.bias.grad) if weights else None
+            _, _, found = self.launch.merge_sums(found, rows, out)
+        return self.launch.apply_grad(g, kept.y, kept.state, found)
+
+
+class Discriminator(Stack):
+    """Forward and backward of a `dcgan.model.Discriminator`."""
+
+    def __init__(self, model: nn.Module, *parts):
+        super().__init__(model, model.arch.discriminator, *parts)
+        self.ticket = torch.zeros(1, dtype=torch.int32, device=self.weights.step.device)
+
+    def forward(self, images: Tensor, real: tuple[bool, ...], weights: bool) -> Judged:
+        """Judge images (N, C, H, W) in as many equal groups as `real` has entries, each with its own statistics.
+
+        Args:
+            images: channels_last, of the maps' dtype.
+            real: for each group whether its target is 1.
+            weights: whether `backward` will be asked for the weights' gradients.
         """
-        x = grad[:, None, None, None]
-        for stage in reversed(self.stages):
-            if stage is not self.stages[-1]:
-                x = stage.activate_backward(x, weights, stage.map("dz", x))
-            low = stage.product.low(x)
-            if weights:
-                stage.weight_backward(stage.high, low)
-            if images or stage is not self.stages[0]:
-                x = stage.product.to_high(low, stage.packed)
-        return x if images else None
-
-
-class Generator:
-    """Forward and backward of a `dcgan.model.Generator`; arguments as for `Discriminator`."""
-
-    def __init__(self, model: nn.Module, dtype: torch.dtype, pool: Pool):
-        self.stages = stages(model, model.arch.generator, dtype, pool)
-
-    def pack(self) -> None:
-        for stage in self.stages:
-            stage.pack()
-
-    def forward(self, z: Tensor, out: Tensor) -> Tensor:
-        """Noise (N, nz) → images in [-1, 1], written to `out` (N, C, H, W)."""
-        x = z[:, :, None, None]
-        for stage in self.stages:
-            stage.low = stage.product.low(x)
-            x = stage.product.to_high(stage.low, stage.packed)
-            if stage is not self.stages[-1]:
-                x = stage.activate(x, 1, stage.map("y", x))
-        self.images = torch.tanh(x, out=out)
-        return out
-
-    def backward(self, grad: Tensor) -> None:
-        """From the gradient by the images, after a forward; leaves the parameters' gradients in `.grad`."""
-        x = grad
-        for stage in reversed(self.stages):
-            by_z = stage.product.high_map(len(grad))
-            if stage is self.stages[-1]:
-                eager.tanh_backward(x, self.images, by_z)
+        groups, x = len(real), images.permute(0, 2, 3, 1)
+        self.images, self.kept, self.groups = x, [], groups
+        *body, head = self.stages
+        for stage in body:
+            layer, last = stage.layer, stage is body[-1]
+            if stage.norm is None:
+                raw = Epilogue(groups=groups) if last else Epilogue(layer.activation, groups=groups)
+                y, _ = self.launch.conv(x, stage.weight, raw, **self.options)
+                state = identity(groups, y) if last else None
             else:
-                stage.activate_backward(x, True, by_z)
-            high = stage.product.high(by_z)
-            stage.weight_backward(high, stage.low)
-            if stage is not self.stages[0]:
-                x = stage.product.to_low(high, stage.packed)
+                epilogue = self.normalised(stage, groups)
+                y, found = self.launch.conv(x, stage.weight, epilogue, **self.options)
+                state = self.state(epilogue, found)
+            self.kept.append(Kept(x if weights else None, y, state))
+            x = y if stage.norm is None or last else self.launch.apply(y, state, layer.activation)
+        self.judged = Judged(
+            *self.launch.head(
+                x, head.weight, state, real, layer.activation, scale=self.weights.loss_scale, ticket=self.ticket
+            )
+        )
+        return self.judged
+
+    def last_as_real(self) -> Judged:
+        """The last group's images of the last forward, judged against 1 instead of 0; probability as it was."""
+        n = len(self.judged.logits) // self.groups
+        logits, dlogits, means = self.judged.logits[-n:], self.judged.dlogits[-n:], self.judged.means[:, -1:]
+        scale = 1.0 if self.weights.loss_scale is None else self.weights.loss_scale[0]
+        loss = means[:1] - logits.mean()  # softplus(−l) = softplus(l) − l
+        return Judged(logits, dlogits - scale / n, torch.cat([loss, means[1:]]))
+
+    def backward(self, dlogits: Tensor, weights: bool) -> Tensor | None:
+        """From the gradient by the logits, of the forward's images or of its last group alone.
+
+        Returns:
+            With `weights` None, and the parameters' gradients are in place; without, the gradient by what the tanh of
+            the images saw, (n, H, W, C).
+        """
+        *body, head = self.stages
+        kept = self.kept
+        if len(dlogits) != len(self.images):
+            kept = [last_group(k, len(dlogits)) for k in kept]
+        groups = self.groups * len(dlogits) // len(self.images)
+        g, partials, _ = self.launch.head_grad(
+            kept[-1].y,
+            head.weight,
+            kept[-1].state,
+            dlogits,
+            body[-1].layer.activation,
+            weight_grad=weights,
+            out=head.grad if weights else None,
+            merge=self.below(body[-1], kept[-1], groups, weights).merge,
+        )
+        for i in range(len(body) - 1, -1, -1):
+            stage = body[i]
+            dy = g if stage.norm is None else self.norm_backward(stage, kept[i], g, partials, weights)
+            if weights:
+                self.launch.wgrad(dy, kept[i].x, out=stage.grad, **self.options)
+            if i:
+                into = self.below(body[i - 1], kept[i - 1], groups, weights)
+                g, partials = self.launch.conv_transpose(dy, stage.weight, into, **self.options)
+        if weights:
+            return None
+        into = Epilogue("tanh", saved=self.images[-len(dlogits) :])
+        return self.launch.conv_transpose(dy, body[0].weight, into, **self.options)[0]
+
+
+class Generator(Stack):
+    """Forward and backward of a `dcgan.model.Generator`."""
+
+    last = True
+
+    def __init__(self, model: nn.Module, *parts):
+        super().__init__(model, model.arch.generator, *parts)
+
+    def forward(self, z: Tensor, out: Tensor) -> None:
+        """Noise (N, nz) → images in [-1, 1], written to `out` (N, C, H, W), channels_last."""
+        out = out.permute(0, 2, 3, 1)
+        first, *middle, last = self.stages
+        z = z.to(self.weights.dtype)
+        y = (z @ first.weight.flatten(1)).view(len(z), *first.weight.shape[1:])
+        epilogue = self.normalised(first)
+        state = self.state(epilogue, self.launch.statistics(y, 1, epilogue.merge))
+        self.kept = [Kept(z, y, state)]
+        x = self.launch.apply(y, state, first.layer.activation)
+        for stage in middle:
+            epilogue = self.normalised(stage)
+            y, found = self.launch.conv_transpose(x, stage.weight, epilogue, **self.options)
+            state = self.state(epilogue, found)
+            self.kept.append(Kept(x, y, state))
+            x = self.launch.apply(y, state, stage.layer.activation)
+        self.launch.conv_transpose(x, last.weight, Epilogue(last.layer.activation), out=out, **self.options)
+        self.kept.append(Kept(x, out, None))
+
+    def backward(self, dy: Tensor) -> None:
+        """From the gradient by what the images' tanh saw; leaves the parameters' gradients in place."""
+        for i in range(len(self.stages) - 1, 0, -1):
+            stage, before, below = self.stages[i], self.kept[i - 1], self.stages[i - 1]
+            self.launch.wgrad(self.kept[i].x, dy, out=stage.grad, **self.options)
+            into = self.below(below, before, 1, True)
+            g, partials = self.launch.conv(dy, stage.weight, into, **self.options)
+            dy = self.norm_backward(below, before, g, partials, True)
+        product(self.kept[0].x.t(), dy.flatten(1), self.stages[0].grad.flatten(1))
+        self.kept = []
+
+
+def product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a·b in the type of `out`, at least as wide as theirs."""
+    if a.is_cuda and a.dtype != out.dtype:
+        torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+    else:
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+
+def last_group(kept: Kept, images: int) -> Kept:
+    """The same of the last group alone."""
+    state = None if kept.state is None else kept.state[:, -1:].contiguous()
+    return Kept(kept.x, kept.y[-images:], state)
+
+
+def identity(groups: int, y: Tensor) -> Tensor:
+    """The state of a batch norm that changes nothing, for a layer before the head that has none."""
+    state = torch.zeros(
+        (len(STATE), groups, y.shape[3]), dtype=torch.promote_types(y.dtype, torch.float32), device=y.device
+    )
+    state[STATE.index("scale")] = state[STATE.index("rstd")] = 1
+    return state

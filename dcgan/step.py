@@ -25,9 +25,12 @@ METRICS = ("loss_d", "loss_g", "d_real", "d_fake_before", "d_fake_after")
 fake before D's update and on fake after it (NaN in the simultaneous form, which never looks)."""
 
 
-def adam(model: nn.Module, fused: bool = False, lr: float = 2e-4, beta1: float = 0.5) -> torch.optim.Adam:
-    """The paper's optimiser, with its values as defaults. `fused` updates all tensors in one kernel."""
-    return torch.optim.Adam(model.parameters(), lr=lr, betas=(beta1, 0.999), fused=fused)
+def adam(
+    model: nn.Module, fused: bool = False, lr: float = 2e-4, beta1: float = 0.5, capturable: bool = False
+) -> torch.optim.Adam:
+    """The paper's optimiser, with its values as defaults. `fused` updates all tensors in one kernel; `capturable` keeps
+    the step count on the device, as a CUDA graph needs it."""
+    return torch.optim.Adam(model.parameters(), lr=lr, betas=(beta1, 0.999), fused=fused, capturable=capturable)
 
 
 def bce(logits: Tensor, real: bool) -> Tensor:
@@ -52,6 +55,7 @@ class ReferenceStep:
             `tf32` run them as they are.
         freeze: leave out D's weight gradients in G's step, which nothing reads; without it they are computed and
             thrown away, as in the example.
+        compile: both networks by torch.compile, in its default mode.
     """
 
     def __init__(
@@ -63,11 +67,16 @@ class ReferenceStep:
         update: Update = "alternating",
         precision: Precision = "fp32",
         freeze: bool = False,
+        compile: bool = False,
     ):
         self.freeze = freeze
         self.generator, self.discriminator = generator, discriminator
+        self.run_generator, self.run_discriminator = generator, discriminator
+        if compile:
+            self.run_generator, self.run_discriminator = torch.compile(generator), torch.compile(discriminator)
         self.optimizer_g, self.optimizer_d = optimizer_g, optimizer_d
         self.update, self.precision = update, precision
+        self.addresses: list[int] = []
         self.device_type = next(generator.parameters()).device.type
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=precision == "fp16")
 
@@ -86,11 +95,24 @@ class ReferenceStep:
 
     def discriminate(self, images: Tensor) -> Tensor:
         with self.autocast():
-            return self.discriminator(images)
+            return self.run_discriminator(images)
 
     def generate(self, z: Tensor) -> Tensor:
         with self.autocast():
-            return self.generator(z)
+            return self.run_generator(z)
+
+    def room(self, n: int) -> None:
+        """No memory of its own to read images from; see `FusedStep.room`."""
+
+    def refresh(self) -> bool:
+        """Whether a parameter is elsewhere than at the last call, which voids a captured graph of this step."""
+        models = (self.generator, self.discriminator)
+        before, self.addresses = self.addresses, [p.data_ptr() for model in models for p in model.parameters()]
+        return bool(before) and before != self.addresses
+
+    def run(self, real: Tensor, z: Tensor) -> Tensor:
+        """The device's part of a call, which is all of it."""
+        return self(real, z)
 
     def __call__(self, real: Tensor, z: Tensor) -> Tensor:
         """One update of both networks.

@@ -20,7 +20,7 @@ from dcgan.report import write_report
 from dcgan.step import AUTOCAST_DTYPE
 from dcgan.trainer import Trainer
 from kernels import BackendError, use_backend
-from kernels.dispatch import op_of, select
+from kernels.dispatch import op_of, select, why_not
 
 
 def check_free(flags: dict) -> None:
@@ -63,13 +63,15 @@ def claim_new(flags: dict, name: str) -> tuple[Path, IO[str]]:
 def resolve(flags: dict) -> tuple[Config, ImageSet]:
     """A new run's settings and pictures. Raises InputError for whatever is wrong with the flags."""
     check_free(flags)
-    if flags.get("fused") != "modules" and ("backend" in flags or "strict" in flags):
-        raise InputError("--backend and --strict are of --fused modules, which was not given")
+    if flags.get("fused") != "modules" and "backend" in flags:
+        raise InputError("--backend is of --fused modules, which was not given")
+    if "strict" in flags and "fused" not in flags:
+        raise InputError("--strict is of --fused, which was not given")
     device = settings.choose_device(flags.get("device"))
     preset = flags.get("preset", "dcgan64" if device.type == "cuda" else "small32")
     defaults = PRESETS[preset]
     size = settings.image_size(flags, preset)
-    precision = settings.resolve_precision(flags.get("precision", "auto"), device, flags.get("fused"))
+    precision = settings.resolve_precision(flags.get("precision", "auto"), device)
     images = open_images(flags.get("data", "digits"), size, flags.get("channels"))
     count, channels = len(images.images), images.images.shape[3]
     arch = settings.resolve_arch(flags, preset, channels)
@@ -84,8 +86,24 @@ def resolve(flags: dict) -> tuple[Config, ImageSet]:
         "update": "alternating", "fused": None, "backend": "auto", "strict": False, "precision": precision,
         "device": str(device), "seed": 0, "deterministic": False, "flip": False, "ema": 0.0, "lr": 2e-4, "beta1": 0.5,
         "keep": 3, "tensorboard": False, **settings.default_intervals(steps),
+        **settings.resolve_rungs(flags, device, precision, flags.get("fused")),
     }  # fmt: skip
-    own = ("data", "preset", "image_size", "channels", "nz", "ngf", "ndf", "steps", "epochs", "precision", "device")
+    own = (
+        "channels_last",
+        "compile",
+        "cuda_graph",
+        "data",
+        "preset",
+        "image_size",
+        "channels",
+        "nz",
+        "ngf",
+        "ndf",
+        "steps",
+        "epochs",
+        "precision",
+        "device",
+    )
     chosen |= {name: value for name, value in flags.items() if name in chosen and name not in own}
     config = Config(**chosen)
     check_backends(config)
@@ -94,9 +112,14 @@ def resolve(flags: dict) -> tuple[Config, ImageSet]:
 
 def check_backends(config: Config) -> None:
     """Raise InputError where a fused module could not run by the backend asked for, or not without a fallback."""
+    dtype, device = AUTOCAST_DTYPE.get(config.precision, torch.float32), torch.device(config.device)
+    if config.fused == "stacks" and device.type == "cuda" and (reason := why_not("triton", device, dtype)):
+        if config.strict:
+            raise InputError(f"--fused --strict: {reason}")
+        say(f"warning: {reason}: training by --fused modules instead")
+        config.fused = "modules"
     if config.fused != "modules":
         return
-    dtype = AUTOCAST_DTYPE.get(config.precision, torch.float32)
     try:
         with use_backend(config.backend, config.strict):
             for layer in config.arch.generator + config.arch.discriminator:
@@ -114,8 +137,12 @@ def resolve_resumed(flags: dict, run: Path) -> tuple[Config, ImageSet]:
             may = ", ".join("--" + name.replace("_", "-") for name in settings.MAY_CHANGE)
             raise InputError(f"{flag} cannot be given with --resume: a run keeps its settings, except {may}")
     try:
-        config.device = str(settings.choose_device(flags.get("device", config.device)))
-        config.precision = settings.resolve_precision(config.precision, torch.device(config.device), config.fused)
+        before, device = config.device, settings.choose_device(flags.get("device", config.device))
+        config.device = str(device)
+        config.precision = settings.resolve_precision(config.precision, device)
+        kept = config.cuda_graph if torch.device(before).type == device.type else None
+        asked = {"cuda_graph": flags.get("cuda_graph", kept)}
+        config.cuda_graph = settings.resolve_rungs(asked, device, config.precision, config.fused)["cuda_graph"]
     except InputError as error:
         if "device" in flags:
             raise

@@ -7,21 +7,20 @@ from typing import IO
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import kernels
 from dcgan import checkpoint as checkpoints
+from dcgan.average import Average
 from dcgan.batches import Batches, Noise, derived_seed
 from dcgan.checkpoint import Checkpoint, CheckpointError
 from dcgan.config import Config
 from dcgan.data import ImageSet
 from dcgan.errors import InputError, RunError, out_of_memory
-from dcgan.fused import FusedStep
 from dcgan.grid import save_grid
+from dcgan.loop import Loop, make_step
 from dcgan.model import Discriminator, Generator
 from dcgan.progress import MetricsLog, Progress
 from dcgan.signals import StopOnSignal
-from dcgan.step import METRICS, ReferenceStep, adam
+from dcgan.step import METRICS
 from dcgan.stopwatch import Stopwatch
 
 SAMPLES = 64
@@ -54,25 +53,16 @@ class Trainer:
         initial = torch.Generator().manual_seed(derived_seed(config.seed, "weights"))
         self.generator = Generator(config.arch, initial).to(device)
         self.discriminator = Discriminator(config.arch, initial).to(device)
-        if config.fused == "modules":
-            for model in (self.generator, self.discriminator):
-                kernels.fuse(model.to(memory_format=torch.channels_last))
-        options = {"fused": config.fused is not None, "lr": config.lr, "beta1": config.beta1}
-        self.optimizer_g = adam(self.generator, **options)
-        self.optimizer_d = adam(self.discriminator, **options)
-        parts = (self.generator, self.discriminator, self.optimizer_g, self.optimizer_d)
-        if config.fused == "stacks":
-            self.update = FusedStep(*parts, config.update, config.precision)
-        else:
-            self.update = ReferenceStep(*parts, config.update, config.precision, freeze=config.fused == "modules")
+        parts = make_step(config, self.generator, self.discriminator)
+        self.update, self.optimizer_g, self.optimizer_d = parts
         self.average = None
         if config.ema:  # made after the step, so that the average has the weights' memory format
-            average = get_ema_multi_avg_fn(config.ema)
-            self.average = AveragedModel(self.generator, multi_avg_fn=average, use_buffers=True)
-        channels_last = config.fused is not None
-        self.batches = Batches(images.images, config.batch_size, config.seed, config.flip, device, channels_last)
+            self.average = Average(self.generator, config.ema)
+        self.batches = Batches(images.images, config.batch_size, config.seed, config.flip, device, config.channels_last)
         self.noise = Noise(config.nz, config.seed, device)
         self.sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
+        parts = (self.update, self.batches, self.noise, self.average, self.sums)
+        self.loop = Loop(*parts, config.cuda_graph, config.strict, say)
         self.summed = 0
         self.metrics = MetricsLog(run / "metrics.jsonl", run / "tensorboard" if config.tensorboard else None)
         self.saved: Path | None = None
@@ -90,7 +80,7 @@ class Trainer:
         state = {
             "optimizer_g": checkpoints.optimizer_state(self.generator, self.optimizer_g),
             "optimizer_d": checkpoints.optimizer_state(self.discriminator, self.optimizer_d),
-            "averaged": self.average.n_averaged.cpu() if self.average is not None else None,
+            "averaged": self.average.count if self.average is not None else None,
             "noise": {"device": self.device.type, "state": self.noise.generator.get_state()},
             "step": self.update.state_dict(),
             "sums": self.sums.cpu(),
@@ -109,7 +99,7 @@ class Trainer:
         self.discriminator.load_state_dict(saved.models["discriminator"])
         if self.average is not None:
             self.average.module.load_state_dict(saved.models["generator_ema"])
-            self.average.n_averaged.copy_(state["averaged"])
+            self.average.count = int(state["averaged"])
         checkpoints.load_optimizer_state(self.generator, self.optimizer_g, state["optimizer_g"])
         checkpoints.load_optimizer_state(self.discriminator, self.optimizer_d, state["optimizer_d"])
         self.update.load_state_dict(state["step"])
@@ -206,7 +196,7 @@ class Trainer:
             RunError: it could not go on; the message names the last checkpoint.
         """
         with StopOnSignal() as stop, Progress(self.config.steps, self.step, self.batches.per_epoch) as progress:
-            self.say = progress.message
+            self.say = self.loop.say = progress.message
             while True:
                 try:
                     self._train(stop, progress)
@@ -221,13 +211,9 @@ class Trainer:
         config, clock = self.config, self.clock
         clock.start()
         while self.step < config.steps and stop.number is None:
-            real = self.batches(self.step, self.rollbacks)
-            self.sums += self.update(real, self.noise(len(real)))
-            if self.average is not None:
-                self.average.update_parameters(self.generator)
+            clock.images += self.loop(self.step, self.rollbacks)
             self.step += 1
             self.summed += 1
-            clock.images += len(real)
             progress.advance(self.step)
             last = self.step == config.steps
             if last or self.step % config.log_every == 0:

@@ -1,10 +1,13 @@
 """What every op checks before it runs: one clear error that names the argument, and never a wrong number."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from kernels.geometry import Layer
 
+HALVES = (torch.bfloat16, torch.float16)
 ACTIVATIONS = ("none", "relu", "leaky_relu", "tanh")
 
 
@@ -35,8 +38,9 @@ def check_layer(
             raise TypeError(f"{name} is {tensor.dtype}: expected a floating-point tensor")
     if x.device != weight.device:
         raise ValueError(f"weight is on {weight.device}, x on {x.device}: expected one device")
-    if not x.numel():
-        raise ValueError(f"x has shape {tuple(x.shape)}: it must not be empty")
+    for name, tensor in (("x", x), ("weight", weight)):
+        if not tensor.numel():
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: it must not be empty")
     if x.shape[2] != x.shape[3] or weight.shape[2] != weight.shape[3]:
         raise ValueError(
             f"x has shape {tuple(x.shape)}, weight {tuple(weight.shape)}: expected square images and square kernels"
@@ -62,14 +66,25 @@ def check_layer(
 
 def check_batch_norm(
     x: Tensor, layer: Layer, gamma: Tensor, beta: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
-    groups: int, training: bool,
+    tracked: Tensor | None, groups: int, training: bool,
 ) -> None:  # fmt: skip
-    """Raise ValueError where batch norm's tensors do not fit `layer`, or `groups` the batch."""
+    """Raise ValueError or TypeError where batch norm's tensors do not fit `layer` or x, cast as autocast asks, or where
+    `groups` does not divide the batch."""
     vectors = {"bn_weight": gamma, "bn_bias": beta, "running_mean": running_mean, "running_var": running_var}
     for name, vector in vectors.items():
         if vector is not None and (tuple(vector.shape) != (layer.out_channels,) or vector.device != x.device):
             got = f"{tuple(vector.shape)} on {vector.device}"
             raise ValueError(f"{name} is {got}: expected ({layer.out_channels},) on {x.device}")
+        if vector is not None and vector.dtype != gamma.dtype:
+            raise TypeError(f"{name} is {vector.dtype}, bn_weight {gamma.dtype}: expected one type")
+    accepted = (x.dtype,) if x.dtype in (torch.float64, torch.float32) else (torch.float32, x.dtype)
+    if gamma.dtype not in accepted:
+        raise TypeError(
+            f"bn_weight is {gamma.dtype}: with an x of {x.dtype} expected {' or '.join(map(str, accepted))}"
+        )
+    if tracked is not None and (tracked.dtype != torch.int64 or tracked.ndim or tracked.device != x.device):
+        got = f"{tracked.dtype} {tuple(tracked.shape)} on {tracked.device}"
+        raise ValueError(f"num_batches_tracked is {got}: expected torch.int64 () on {x.device}")
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var: give both or neither")
     if not training and running_mean is None:
@@ -78,3 +93,115 @@ def check_batch_norm(
         raise ValueError(f"groups is {groups}: it must divide the batch of {x.shape[0]}")
     if training and x.shape[0] // groups * layer.out_size**2 < 2:
         raise ValueError("a group has 1 value a channel: training-mode batch norm needs at least 2")
+
+
+def check_gan_loss(logits: Tensor, real: Sequence[bool]) -> tuple[bool, ...]:
+    """`real` as a tuple, once logits (N,) are that many equal groups; ValueError or TypeError where they are not."""
+    if logits.ndim != 1:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}: expected (N,)")
+    if not logits.is_floating_point():
+        raise TypeError(f"logits is {logits.dtype}: expected a floating-point tensor")
+    if not logits.shape[0]:
+        raise ValueError("logits has shape (0,): it must not be empty")
+    if isinstance(real, bool) or not all(isinstance(is_real, bool) for is_real in real):
+        raise TypeError(f"real is {real!r}: expected a bool for each group, as (True, False) for [real | fake]")
+    if not 1 <= len(real) <= 31 or logits.shape[0] % len(real):
+        raise ValueError(f"real has {len(real)} entries: they must divide the {logits.shape[0]} logits, and be 1 to 31")
+    return tuple(real)
+
+
+def check_gather(
+    rows: Tensor, permutation: Tensor, cursor: Tensor, batch: int, flip: Tensor | None, dtype: torch.dtype,
+    channels: int | None,
+) -> int:  # fmt: skip
+    """The result's channels; ValueError or TypeError where an argument of `gather_images` does not fit."""
+    if rows.dtype != torch.uint8:
+        raise TypeError(f"rows is {rows.dtype}: expected uint8")
+    if rows.ndim != 4 or not rows.is_contiguous() or not rows.numel():
+        raise ValueError(
+            f"rows has shape {tuple(rows.shape)} and strides {rows.stride()}: expected contiguous (rows, H, W, C), "
+            "not empty"
+        )
+    if permutation.ndim != 1 or not permutation.shape[0]:
+        raise ValueError(f"permutation has shape {tuple(permutation.shape)}: expected (length,), not empty")
+    expected = {
+        "permutation": (permutation, torch.int64, tuple(permutation.shape)),
+        "cursor": (cursor, torch.int64, ()),
+        "flip": (flip, torch.uint8, tuple(permutation.shape)),
+    }
+    for name, (tensor, kind, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tensor.dtype != kind:
+            raise TypeError(f"{name} is {tensor.dtype}: expected {kind}")
+        if tuple(tensor.shape) != shape or not tensor.is_contiguous() or tensor.device != rows.device:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}, on {tensor.device}: "
+                f"expected contiguous {shape} on {rows.device}"
+            )
+    if batch < 1:
+        raise ValueError(f"batch is {batch}: it must be at least 1")
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"dtype is {dtype}: accepted are bfloat16, float16 and float32")
+    channels = rows.shape[3] if channels is None else channels
+    if channels < rows.shape[3]:
+        raise ValueError(f"channels is {channels}: rows have {rows.shape[3]}, and no fewer are accepted")
+    return channels
+
+
+def check_adam(
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
+    copies: Sequence[Tensor | None], step: Tensor, lr: float, betas: tuple[float, float], eps: float,
+    loss_scale: Tensor | None,
+) -> None:  # fmt: skip
+    """Raise ValueError or TypeError where an argument of `adam_step` does not fit."""
+    if not params:
+        raise ValueError("params is empty: there is nothing to update")
+    lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "copies": copies}
+    for name, tensors in lists.items():
+        if len(tensors) != len(params):
+            raise ValueError(f"{name} has {len(tensors)} tensors: expected {len(params)}, one a parameter")
+        for index, (tensor, parameter) in enumerate(zip(tensors, params, strict=True)):
+            if tensor is not None:
+                _check_beside(f"{name}[{index}]", tensor, parameter, params[0], half=name == "copies")
+    halves = {copy.dtype for copy in copies if copy is not None}
+    if len(halves) > 1:
+        raise TypeError(f"copies are of {sorted(map(str, halves))}: expected one type")
+    small = {"step": (step, (), (torch.int64, torch.float32)), "loss_scale": (loss_scale, (3,), (torch.float32,))}
+    for name, (tensor, shape, kinds) in small.items():
+        if tensor is None:
+            continue
+        if tensor.dtype not in kinds:
+            raise TypeError(f"{name} is {tensor.dtype}: expected {' or '.join(map(str, kinds))}")
+        if tuple(tensor.shape) != shape or tensor.device != params[0].device:
+            got = f"{tuple(tensor.shape)} on {tensor.device}"
+            raise ValueError(f"{name} is {got}: expected {shape} on {params[0].device}")
+    if lr < 0 or eps < 0:
+        raise ValueError(f"lr is {lr}, eps is {eps}: neither may be negative")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas is {betas}: accepted are 0 to 1, without 1")
+
+
+def _check_beside(name: str, tensor: Tensor, parameter: Tensor, first: Tensor, half: bool) -> None:
+    """Raise unless `tensor` lies as its parameter does: shape, strides, dense, and type and device of the first one."""
+    accepted = HALVES if half else tuple({first.dtype} & {torch.float32, torch.float64}) or (torch.float32,)
+    if tensor.dtype not in accepted:
+        raise TypeError(f"{name} is {tensor.dtype}: expected {' or '.join(map(str, accepted))}")
+    if tensor.device != first.device:
+        raise ValueError(f"{name} is on {tensor.device}, params[0] on {first.device}: expected one device")
+    if not tensor.numel():
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: it must not be empty")
+    places = [
+        [(stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
+        for t in (tensor, parameter)
+    ]
+    if tensor.shape != parameter.shape or places[0] != places[1]:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}: expected its parameter's, "
+            f"{tuple(parameter.shape)} and {parameter.stride()}"
+        )
+    expected = 1
+    for stride, size in sorted(places[0]):
+        if stride != expected:
+            raise ValueError(f"{name} has strides {tensor.stride()}: it must be dense, without gaps or overlap")
+        expected *= size

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kernels import engine, reference
 from kernels.checks import autocast, check_layer
-from kernels.dispatch import select
+from kernels.dispatch import backend_of
 
 
 def conv_act(
@@ -51,9 +51,9 @@ def conv_transpose_act(
 def _act(kind, x, weight, stride, padding, activation, slope, backend):
     layer = check_layer(kind, x, weight, stride, padding, activation, slope, batch_norm=False)
     x = autocast(x)
-    choice = select(f"{kind}_act", layer, x.device, x.dtype, backend)
-    if choice.backend == "eager":
+    backend = backend_of(f"{kind}_act", layer, x.device, x.dtype, backend, x.shape[0])
+    if backend == "eager":
         convolution = F.conv2d if kind == "conv" else F.conv_transpose2d
         y = convolution(x, weight.to(x.dtype), stride=stride, padding=padding)
         return reference.activate(y, activation, slope)
-    return engine.Act.apply(x, weight, kind, (stride, padding, activation, slope), choice.backend)
+    return engine.Act.apply(x, weight, kind, (stride, padding, activation, slope), backend)

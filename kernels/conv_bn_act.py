@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kernels import engine, reference
 from kernels.checks import autocast, check_batch_norm, check_layer
-from kernels.dispatch import select
+from kernels.dispatch import backend_of
 from kernels.geometry import Epilogue
 
 
@@ -75,18 +75,19 @@ def _bn_act(
     training, momentum, eps, backend,
 ):  # fmt: skip
     layer = check_layer(kind, x, weight, stride, padding, activation, slope, batch_norm=True)
-    check_batch_norm(x, layer, gamma, beta, running_mean, running_var, groups, training)
     x = autocast(x)
-    choice = select(f"{kind}_bn_act", layer, x.device, x.dtype, backend)
+    check_batch_norm(x, layer, gamma, beta, running_mean, running_var, tracked, groups, training)
+    unless = None if gamma.dtype == torch.float32 else f"bn_weight is {gamma.dtype}: the fused kernels take float32"
+    backend = backend_of(f"{kind}_bn_act", layer, x.device, x.dtype, backend, x.shape[0], unless)
     settings = (stride, padding, activation, slope)
-    if choice.backend != "eager" and training:
+    if backend != "eager" and training:
         running = (running_mean, running_var, tracked)
         return engine.BatchNormAct.apply(
-            x, weight, gamma, beta, running, kind, settings, (groups, momentum, eps), choice.backend
+            x, weight, gamma, beta, running, kind, settings, (groups, momentum, eps), backend
         )
     wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, gamma, beta))
-    if choice.backend != "eager" and not wants_grad:
-        return _evaluate(kind, x, weight, gamma, beta, running_mean, running_var, settings, eps, choice.backend)
+    if backend != "eager" and not wants_grad:
+        return _evaluate(kind, x, weight, gamma, beta, running_mean, running_var, settings, eps, backend)
     convolution = F.conv2d if kind == "conv" else F.conv_transpose2d
     z = convolution(x, weight.to(x.dtype), stride=stride, padding=padding)
     parts = [F.batch_norm(part, running_mean, running_var, gamma, beta, training, momentum, eps)

@@ -1,7 +1,8 @@
 """Which backend runs an op, and why.
 
 `eager` is PyTorch's own operations, everywhere. `triton` is the kernels of `kernels._triton`, on a CUDA device (or on
-the CPU where Triton interprets). `cuda` is the extension. `auto` takes what the tuned table of the device measured as
+the CPU where Triton interprets). `cuda` is the extension, with Triton's kernels where it has none. `library` is the
+library's convolutions with Triton's kernels around them. `auto` takes what the tuned table of the device measured as
 fastest; where there is no table it takes `eager`, since a kernel that nobody timed there is not known to be faster. A
 backend asked for by name raises where it cannot run; a fallback under `auto` warns once and says why, and raises
 where `strict` is asked for.
@@ -10,20 +11,18 @@ where `strict` is asked for.
 import contextlib
 import functools
 import importlib.util
-import json
 import os
-import re
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
+from operator import index
 from typing import NamedTuple
 
 import torch
 
+from kernels import tuning
 from kernels.geometry import Layer
 
-BACKENDS = ("auto", "eager", "triton", "cuda")
-TUNED = Path(__file__).parent / "tuned"
+BACKENDS = ("auto", "eager", "library", "triton", "cuda")
 
 _settings = {"backend": "auto", "strict": False}  # of `use_backend`; torch.compile guards on it
 
@@ -74,7 +73,10 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
     if backend == "eager":
         return None
     if backend == "cuda":
-        return "the extension kernels._C is not built: csrc/ has no sources"
+        from kernels import _cuda
+
+        if reason := _cuda.why_not(device, dtype):
+            return reason
     if missing := _triton_missing():
         return missing
     if device.type != "cuda" and not interpreted():
@@ -86,31 +88,28 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
     return None
 
 
-@functools.cache
-def tuned_table(device_name: str) -> dict | None:
-    """The measured choices for a device, `kernels/tuned/<device>.json`: {op: {layer key: recipe}}; None without one."""
-    path = TUNED / (re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-") + ".json")
-    return json.loads(path.read_text()) if path.exists() else None
-
-
 def op_of(layer: Layer) -> str:
     """The public op that computes a layer."""
     return f"{layer.kind}_bn_act" if layer.batch_norm else f"{layer.kind}_act"
 
 
-def layer_key(layer: Layer) -> str:
-    """A layer in a tuned table: `256x128@16`, input by output channels at the input's size."""
-    return f"{layer.in_channels}x{layer.out_channels}@{layer.in_size}"
+def layer_key(layer: Layer | None) -> str:
+    """A layer in a tuned table: `256x128@16`, input by output channels at the input's size; `any` for none."""
+    return f"{layer.in_channels}x{layer.out_channels}@{layer.in_size}" if layer else "any"
 
 
-def select(op: str, layer: Layer, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> Choice:
+def select(
+    op: str, layer: Layer | None, device: torch.device, dtype: torch.dtype, backend: str | None = None,
+    images: int | None = None,
+) -> Choice:  # fmt: skip
     """The backend for one op on one layer.
 
     Args:
         op: its public name.
-        layer: geometry.
+        layer: geometry; None for an op that belongs to no layer.
         device, dtype: of the input, after autocast.
         backend: overrides `use_backend`.
+        images: of the batch (`adam_step`: parameters); as tuned for any where None.
 
     Raises:
         ValueError: an unknown backend.
@@ -118,30 +117,62 @@ def select(op: str, layer: Layer, device: torch.device, dtype: torch.dtype, back
     """
     name = _settings["backend"] if backend is None else backend
     check_backend(name)
+    shape = (layer.in_channels, layer.out_channels, layer.in_size) if layer else ()
+    tf32 = torch.backends.cudnn.allow_tf32
+    return Choice(*_choose(op, shape, device, dtype, images, name, _settings["strict"], tf32))
+
+
+def backend_of(
+    op: str, layer: Layer | None, device: torch.device, dtype: torch.dtype, backend: str | None, images: int,
+    unless: str | None = None,
+) -> str:  # fmt: skip
+    """What `select` selects, for use within an op: under torch.compile it is decided while tracing, for each shape.
+
+    `unless` is a reason why nothing but `eager` can run, where there is one.
+    """
+    name = _settings["backend"] if backend is None else backend
+    if name == "eager" or (name == "auto" and device.type != "cuda"):
+        return "eager"
+    check_backend(name)
+    sizes = (layer.in_channels, layer.out_channels, layer.in_size) if layer else ()
+    shape = tuple(index(size) for size in sizes)  # a number, where torch.compile has a symbol
+    tf32 = torch.backends.cudnn.allow_tf32
+    return _constant(op, shape, device, dtype, index(images), name, _settings["strict"], tf32, unless)
+
+
+@torch.compiler.assume_constant_result
+def _constant(*arguments) -> str:
+    return _choose(*arguments)[0]
+
+
+def _choose(
+    op: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, images: int | None, name: str,
+    strict: bool, tf32: bool, unless: str | None = None,
+) -> tuple[str, str]:  # fmt: skip
     if name != "auto":
-        if reason := why_not(name, device, dtype):
+        if name != "eager" and (reason := unless or why_not(name, device, dtype)):
             raise BackendError(f"{op} by {name}: {reason}")
-        return Choice(name, "asked for by name")
-    if device.type != "cuda":
-        return Choice("eager", f"the tensor is on {device.type}")
-    table = tuned_table(torch.cuda.get_device_name(device))
-    if table is None:
-        return _fall_back(op, f"no tuned table for {torch.cuda.get_device_name(device)}")
-    recipe = table.get(op, {}).get(layer_key(layer))
-    if recipe is None:
-        return _fall_back(op, f"{layer_key(layer)} is not in the tuned table")
-    if reason := why_not(recipe, device, dtype):
-        return _fall_back(op, reason)
-    return Choice(recipe, "fastest in the tuned table")
+        return name, "asked for by name"
+    gpu = tuning.device_name(device)
+    if gpu is None:
+        return "eager", f"the tensor is on {device.type}"
+    if reason := unless or why_not("library", device, dtype):  # whatever a table says, but for `eager`
+        return _fall_back(op, reason, strict)
+    found = tuning.recipe(gpu, op, shape, tuning.precision_of(dtype, tf32), images)
+    if found.entry is None:
+        return _fall_back(op, found.why, strict)
+    if reason := why_not(found.entry.recipe, device, dtype):
+        return _fall_back(op, reason, strict)
+    return found.entry.recipe, found.why
 
 
-def _fall_back(op: str, reason: str) -> Choice:
-    if _settings["strict"]:
+def _fall_back(op: str, reason: str, strict: bool) -> tuple[str, str]:
+    if strict:
         raise BackendError(f"{op}: {reason}")
     _warn_once(f"{op} falls back to eager PyTorch: {reason}")
-    return Choice("eager", reason)
+    return "eager", reason
 
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
+    warnings.warn(message, RuntimeWarning, stacklevel=5)

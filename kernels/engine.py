@@ -11,8 +11,6 @@ Tensors inside are NHWC; weights are packed (low, 4, 4, high), which is a parame
 (0, 2, 3, 1), for Conv2d and ConvTranspose2d alike.
 """
 
-import functools
-from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -22,28 +20,9 @@ from torch.autograd import Function
 
 from kernels import reference
 from kernels.geometry import Epilogue
+from kernels.launchers import launchers
 
 LIBRARY = torch.library.Library("dcgan_kernels", "DEF")
-
-
-@functools.cache
-def launchers(backend: str) -> ModuleType | SimpleNamespace:
-    """A backend's launchers by name; `eager` computes by the reference twins."""
-    if backend == "eager":
-        return reference
-    from kernels._triton import batch_norm, batch_norm_grad, conv, conv_transpose, wgrad
-
-    return SimpleNamespace(
-        conv=conv.conv,
-        conv_transpose=conv_transpose.conv_transpose,
-        wgrad=wgrad.wgrad,
-        statistics=batch_norm.statistics,
-        merge_statistics=batch_norm.merge_statistics,
-        apply=batch_norm.apply,
-        activation_grad=batch_norm_grad.activation_grad,
-        merge_sums=batch_norm_grad.merge_sums,
-        apply_grad=batch_norm_grad.apply_grad,
-    )
 
 
 def pack(weight: Tensor, dtype: torch.dtype) -> Tensor:

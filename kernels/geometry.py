@@ -108,6 +108,23 @@ class Layer:
         return Gemm(small * self.stride**2, high, taps // self.stride**2 * low)
 
 
+class Merge(NamedTuple):
+    """What a GEMM's last programs need to settle the batch norm whose sums its tiles took.
+
+    Forward (`statistics`): batch norm's weight and bias (C,) float32; running statistics (C,) and counter () int64, to
+    be moved once a group; eps and momentum. Backward (`batch_norm_grad`): where the gradients by weight and bias go;
+    None where nobody wants them.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    tracked: Tensor | None = None
+    eps: float = 1e-5
+    momentum: float = 0.1
+
+
 @dataclass(frozen=True)
 class Epilogue:
     """What a GEMM does with its accumulator before it leaves the registers.
@@ -124,6 +141,8 @@ class Epilogue:
         saved: backward: what the previous layer kept, shaped as the output: its activated output, or, with `state`,
             its raw convolution output.
         state: backward: that layer's batch-norm state (4, groups, C) float32 of `STATE`.
+        merge: merge the tiles' sums before the launch ends: what is returned beside the output is then the batch-norm
+            state, or the means that `apply_grad` subtracts, and not `Partials`. A backend may leave it to its caller.
     """
 
     activation: Activation = "none"
@@ -132,6 +151,7 @@ class Epilogue:
     statistics: bool = False
     saved: Tensor | None = None
     state: Tensor | None = None
+    merge: Merge | None = None
 
     @property
     def mode(self) -> str:

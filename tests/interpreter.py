@@ -52,7 +52,9 @@ def run_guarded(job, *kept):
     Returns:
         The job's result.
     """
-    inputs = {id(t) for t in kept}
+    values = [value for launch in job.launches for name, value in launch.arguments.items() if name.startswith("ticket")]
+    tickets = [value for value in values if value is not None]
+    inputs = {id(t) for t in (*kept, *tickets)}
     guarded = {}
 
     def swap(value):
@@ -70,6 +72,7 @@ def run_guarded(job, *kept):
 
     for launch in job.launches:
         replace(launch, arguments={name: swap(value) for name, value in launch.arguments.items()}).run()
+    assert not any(ticket.any() for ticket in tickets), "a ticket was not put back"
     result = swap(job.result)
     for buffer, view in guarded.values():
         for edge in (buffer[:GUARD], buffer[-GUARD:]):

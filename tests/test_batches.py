@@ -69,6 +69,35 @@ def test_a_memory_map_gives_the_same_batches_as_resident_data(tmp_path, monkeypa
         assert batch.is_contiguous(memory_format=mapped.memory_format)
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_streamed_batches_in_any_order_are_the_resident_ones(monkeypatch, flip):
+    """In order over epochs with a smaller last batch, after a jump back, and after a rollback's new course."""
+    resident = Batches(pictures(), 4, seed=0, flip=flip)
+    monkeypatch.setattr("dcgan.batches.RESIDENT_FRACTION", 0.0)
+    streamed = Batches(pictures(), 4, seed=0, flip=flip)
+    for step, course in [*((step, 0) for step in range(8)), (2, 0), (3, 0), (4, 1), (5, 1), (5, 1), (0, 0)]:
+        assert torch.equal(streamed(step, course), resident(step, course)), step
+    assert streamed.ring.waited_s >= 0 and len(streamed.rows) == 8
+
+
+def test_a_picture_that_cannot_be_read_is_not_skipped(monkeypatch):
+    monkeypatch.setattr("dcgan.batches.RESIDENT_FRACTION", 0.0)
+    batches = Batches(pictures(), 4, seed=0)
+    batches(0)
+    batches.ring.slots[1].filling.result()
+    monkeypatch.setattr("numpy.take", lambda *a, **k: (_ for _ in ()).throw(OSError("input/output error")))
+    batches(1)  # was there already
+    with pytest.raises(OSError, match="input/output error"):
+        batches(2)
+
+
+def test_a_batch_goes_where_it_is_wanted_in_its_type():
+    room = torch.full((4, 4, 4, 3), float("nan"), dtype=torch.bfloat16).permute(0, 3, 1, 2)
+    batches, same = (Batches(pictures(), 4, seed=0) for _ in range(2))
+    got = batches.take(batches.seek(0), out=room)
+    assert got.data_ptr() == room.data_ptr() and torch.equal(room, same(0).bfloat16())
+
+
 def test_noise_is_a_stream_that_can_be_put_back():
     noise = Noise(5, seed=0, device="cpu")
     state = noise.generator.get_state()

@@ -1,6 +1,7 @@
 """What goes wrong on the way: damaged checkpoints, NaN, full memory, full disks, kills, other processes."""
 
 import errno
+import itertools
 import shutil
 import sys
 
@@ -9,6 +10,7 @@ import torch
 from runs import EVERY, SMALL, assert_same_run, metrics, run
 
 from dcgan import checkpoint as checkpoints
+from dcgan.loop import Loop
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, capsys):
@@ -23,28 +25,16 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, capsys):
     assert_same_run(tmp_path / "whole", tmp_path / "r")
 
 
-class Sabotage:
-    """A step that goes wrong at given calls."""
-
-    def __init__(self, step, when, how):
-        self.step, self.when, self.how, self.calls = step, when, how, 0
-        self.state_dict, self.load_state_dict = step.state_dict, step.load_state_dict
-
-    def __call__(self, real, z):
-        self.calls += 1
-        return self.how(self.step(real, z)) if self.when(self.calls) else self.step(real, z)
-
-
 def sabotage(monkeypatch, when, how):
-    from dcgan.trainer import Trainer
+    """Let `how` spoil what the step returns, or raise, at the calls that `when` says."""
+    original, calls = Loop.__init__, itertools.count(1)
 
-    original = Trainer.__init__
+    def patched(self, update, *rest):
+        original(self, update, *rest)
+        run_step = update.run
+        update.run = lambda real, z: (how if when(next(calls)) else lambda values: values)(run_step(real, z))
 
-    def patched(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        self.update = Sabotage(self.update, when, how)
-
-    monkeypatch.setattr(Trainer, "__init__", patched)
+    monkeypatch.setattr(Loop, "__init__", patched)
 
 
 def test_a_nan_is_rolled_back_and_training_goes_on(tmp_path, monkeypatch, capsys):

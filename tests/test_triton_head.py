@@ -1,4 +1,6 @@
-"""D's head, loss and both gradients in one, against its twin and against torch's own operations."""
+"""D's head, loss and both gradients in one, and the loss alone, against its twin and against torch's own operations."""
+
+import math
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from kernels import reference
 
 only_interpreted()
 
-from kernels._triton.head import prepare_head, prepare_head_grad  # noqa: E402
+from kernels._triton.head import prepare_gan_loss, prepare_head, prepare_head_grad  # noqa: E402
 
 
 def noise(*shape, dtype=torch.float32, seed=0):
@@ -26,13 +28,21 @@ def check_head(images, real, height, width, channels, activation="leaky_relu", d
     )
     vectors = [noise(channels, seed=seed + 2), noise(channels, seed=seed + 3)]
     state = fenced(reference.merge_statistics(reference.statistics(y, groups), *vectors))
-    logits, dlogits, means = run_guarded(prepare_head(y, weight, state, real, activation), y, weight, state)
-    twins = reference.head(y, weight, state, real, activation)
-    exact = reference.head(y.double(), weight.double(), state.double(), real, activation)
-    for ours, twin, oracle, name in zip(
-        (logits, dlogits, means), twins, exact, ("logits", "dlogits", "means"), strict=True
-    ):
-        assert_accurate(ours, twin, oracle, name, terms=height * width * channels)
+    ticket = torch.zeros(1, dtype=torch.int32)
+    job = prepare_head(y, weight, state, real, activation, ticket=ticket)
+    logits, dlogits, means = run_guarded(job, y, weight, state, ticket)
+    assert len(job.launches) == 1 and ticket == 0
+    twin = reference.head(y, weight, state, real, activation)[0].double()
+    exact = reference.head(y.double(), weight.double(), state.double(), real, activation)[0]
+    _, _, scale, shift = state.double()[:, :, None]
+    a = reference.activate(reference.grouped(y.double(), groups) * scale + shift, activation)
+    size = (a.view(y.shape) * weight.double()).abs().sum((1, 2, 3)).max()  # a logit near 0 is a sum of larger terms
+    walk = max(1, (height * width * channels) ** 0.5 / 8)
+    allowed = 2 * (twin - exact).abs().max() + 2 * walk * torch.finfo(torch.float32).eps * size
+    assert (logits.double() - exact).abs().max() <= allowed
+    twins, exact = reference.gan_loss(logits, real), reference.gan_loss(logits.double(), real)
+    for ours, twin, oracle, name in zip((dlogits, means), twins, exact, ("dlogits", "means"), strict=True):
+        assert_accurate(ours, twin, oracle, name, terms=images)
 
     job = prepare_head_grad(y, weight, state, dlogits, activation)
     g, partials, dw = run_guarded(job, y, weight, state, dlogits)
@@ -93,6 +103,15 @@ def test_head_is_torchs_loss_and_autograd():
     torch.testing.assert_close(g.double(), exact_g, rtol=1e-4, atol=1e-6)
 
 
+def test_a_ticket_serves_launch_after_launch():
+    y, weight, ticket = noise(6, 2, 2, 16), noise(1, 2, 2, 16, seed=1), torch.zeros(1, dtype=torch.int32)
+    state = reference.merge_statistics(reference.statistics(y, 2), torch.ones(16), torch.zeros(16))
+    runs = [prepare_head(y, weight, state, (True, False), ticket=ticket).run() for _ in range(3)]
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True)) and ticket == 0
+    with pytest.raises(ValueError, match=r"ticket is torch\.int64"):
+        prepare_head(y, weight, state, (True, False), ticket=ticket.long())
+
+
 def test_head_without_a_weight_gradient():
     y, weight = noise(2, 2, 2, 16), noise(1, 2, 2, 16, seed=1)
     state = reference.merge_statistics(reference.statistics(y), torch.ones(16), torch.zeros(16))
@@ -109,6 +128,43 @@ def test_head_names_what_does_not_fit():
         prepare_head(y, weight[..., :8], torch.zeros(4, 2, 16), (True, False))
 
 
+def check_gan_loss(images, real, dtype=torch.float32, gain=1.0, seed=0):
+    logits = fenced((noise(images * len(real), seed=seed) * gain).to(dtype))
+    ours = run_guarded(prepare_gan_loss(logits, real), logits)
+    twins, exact = reference.gan_loss(logits, real), reference.gan_loss(logits.double(), real)
+    for got, twin, oracle, name in zip(ours, twins, exact, ("dlogits", "means"), strict=True):
+        assert_accurate(got, twin, oracle, name, terms=images)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("images, real", [(1, (True,)), (3, (True, False)), (300, (False, True, True))])
+@pytest.mark.parametrize("gain", [1.0, 100.0])
+def test_gan_loss(images, real, dtype, gain):
+    check_gan_loss(images, real, dtype, gain)
+
+
+def test_small_losses_keep_their_digits():
+    """Of logits that are judged well: the loss is nearly e^−|l|, far below one unit in the last place of 1 + e^−|l|."""
+    for logit in (0.0, 0.5, 3.0, 7.0, 16.0, 40.0, 80.0):
+        _, means = prepare_gan_loss(torch.tensor([-logit, logit]), (False, True)).run()
+        expected = math.log1p(math.exp(-logit))
+        assert means[0].tolist() == pytest.approx([expected] * 2, rel=1e-6)
+
+
+def test_gan_loss_is_as_wrong_as_its_logits():
+    for bad in (float("nan"), float("inf")):
+        dlogits, means = prepare_gan_loss(torch.tensor([bad, 1.0]), (False,)).run()
+        assert not means[0].isfinite() and dlogits[1].isfinite()
+
+
+@given(
+    images=st.integers(1, 600), real=st.lists(st.booleans(), min_size=1, max_size=4), seed=st.integers(0, 99),
+    dtype=st.sampled_from([torch.float32, torch.float16]), gain=st.sampled_from([0.01, 1.0, 30.0]),
+)  # fmt: skip
+def any_gan_loss(images, real, seed, dtype, gain):
+    check_gan_loss(images, tuple(real), dtype, gain, seed)
+
+
 @given(
     images=st.integers(1, 20), real=st.lists(st.booleans(), min_size=1, max_size=3), height=st.integers(1, 5),
     width=st.integers(2, 5), channels=st.integers(1, 80), seed=st.integers(0, 99),
@@ -117,10 +173,15 @@ def any_head(images, real, height, width, channels, seed):
     check_head(images, tuple(real), height, width, channels, seed=seed)
 
 
-def test_generated():
-    generated(any_head, 8)
+OPS = {"head": any_head, "gan_loss": any_gan_loss}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_generated(op):
+    generated(OPS[op], 8)
 
 
 @pytest.mark.long
-def test_generated_long():
-    generated(any_head, 2000)
+@pytest.mark.parametrize("op", OPS)
+def test_generated_long(op):
+    generated(OPS[op], 2000)

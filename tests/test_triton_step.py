@@ -43,16 +43,17 @@ def check_adam(shapes, steps=3, seed=0):
     table, step = adam_table(params, grads, m, v, copies), torch.tensor(0)
     torch_params = [p.double().clone().requires_grad_() for p in params]
     optimizer = torch.optim.Adam(torch_params, lr=LR, betas=BETAS, eps=EPS)
-    twins = [(p.clone(), m_.clone(), v_.clone()) for p, m_, v_ in zip(params, m, v, strict=True)]
+    copied = [[t.clone() for t in tensors] for tensors in (params, m, v)]
+    twin = reference.adam_table(copied[0], grads, *copied[1:], [None] * len(params))
     for t in range(1, steps + 1):
         for i, g in enumerate(grads):
             g.copy_(noise(*g.shape, seed=seed + 100 * t + i))
             torch_params[i].grad = g.double()
-            p, m_, v_ = twins[i]
-            twins[i] = reference.adam(p, g, m_, v_, t, LR, BETAS, EPS)
         adam(table, step, LR, BETAS, EPS)
+        reference.adam(twin, torch.tensor(t - 1), LR, BETAS, EPS)
         optimizer.step()
-    assert step == steps
+    assert step == steps and not table.flags.any()
+    twins = list(zip(*copied, strict=True))
     for i, p in enumerate(params):
         state = optimizer.state[torch_params[i]]
         for ours, twin, exact in zip(
@@ -79,7 +80,7 @@ def test_adam_leaves_the_neighbours_alone():
 def test_adam_counts_on_the_device_from_a_resumed_step():
     params, grads, m, v, copies = make_adam([(7,)])
     m[0].fill_(0.5), v[0].fill_(0.25)
-    expected = reference.adam(params[0].double(), grads[0].double(), m[0].double(), v[0].double(), 1001, LR, BETAS, EPS)
+    expected = reference.adam_update(*(t[0].double() for t in (params, grads, m, v)), 1001, LR, BETAS, EPS)
     step = torch.tensor(1000)
     adam(adam_table(params, grads, m, v, copies), step, LR, BETAS, EPS)
     assert step == 1001
@@ -92,6 +93,14 @@ def test_adams_first_step_is_the_rate_times_the_sign():
     before = params[0].double().clone()
     adam(adam_table(params, grads, m, v, copies), torch.tensor(0), 1.0, BETAS, 1e-12)
     torch.testing.assert_close(before - params[0].double(), grads[0].double().sign(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("betas", [(0.0, 0.999), (0.5, 0.0)])
+def test_adam_without_a_memory(betas):
+    params, grads, m, v, copies = make_adam([(65,)])
+    expected = [t[0].double().clone() for t in (params, grads, m, v)]
+    adam(adam_table(params, grads, m, v, copies), torch.tensor(0), LR, betas, EPS)
+    torch.testing.assert_close(params[0].double(), reference.adam_update(*expected, 1, LR, betas, EPS)[0])
 
 
 @pytest.mark.parametrize(
@@ -123,11 +132,12 @@ def check_gather(count, size, into, batch, cursor, flipped, dtype, channels, see
     generator = torch.Generator().manual_seed(seed)
     rows = fenced(torch.randint(0, 256, (count, *size, into), generator=generator, dtype=torch.uint8))
     permutation = fenced(torch.randperm(count, generator=generator))
-    flip = fenced(torch.randint(0, 2, (batch,), generator=generator, dtype=torch.uint8)) if flipped else None
+    flip = fenced(torch.randint(0, 2, (count,), generator=generator, dtype=torch.uint8)) if flipped else None
     at = torch.tensor(cursor)
-    job = prepare_gather(rows, permutation, at, batch, flip, dtype, channels)
-    ours = run_guarded(job, *[t for t in (rows, permutation, at, flip) if t is not None])
-    assert at == cursor + batch
+    ticket = torch.zeros(1, dtype=torch.int32)
+    job = prepare_gather(rows, permutation, at, batch, flip, dtype, channels, ticket)
+    ours = run_guarded(job, *[t for t in (rows, permutation, at, flip, ticket) if t is not None])
+    assert len(job.launches) == 1 and at == cursor + batch and ticket == 0
     expected = reference.gather(rows, permutation, torch.tensor(cursor), batch, flip, torch.float32, channels)
     assert ours.dtype == dtype and ours.shape == expected.shape
     torch.testing.assert_close(ours.float(), expected, rtol=0, atol=torch.finfo(dtype).eps)

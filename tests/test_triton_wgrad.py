@@ -10,6 +10,7 @@ from kernels import reference
 
 only_interpreted()
 
+from kernels._triton import wgrad  # noqa: E402
 from kernels._triton.config import WgradConfig, pixel_box  # noqa: E402
 from kernels._triton.wgrad import prepare_wgrad  # noqa: E402
 
@@ -60,6 +61,13 @@ def test_deterministic():
     low, high = tensor(generator, 4, 4, 4, 16), tensor(generator, 4, 8, 8, 16)
     config = WgradConfig(1, 4, 4, 16, 16, 3, 4, 2, True)
     assert torch.equal(*(prepare_wgrad(low, high, config=config).run() for _ in range(2)))
+
+
+def test_many_shares_are_summed_by_a_launch_of_their_own(monkeypatch):
+    monkeypatch.setattr(wgrad, "SETTLED_BYTES", 0)
+    config = WgradConfig(1, 4, 4, 16, 16, 18, 4, 2, True)
+    assert len(prepare_wgrad(torch.zeros(9, 8, 8, 16), torch.zeros(9, 16, 16, 16), config=config).launches) == 2
+    check_wgrad(9, 8, 8, 16, 16, config)
 
 
 LOW, HIGH = torch.zeros(2, 4, 4, 24), torch.zeros(2, 8, 8, 16)

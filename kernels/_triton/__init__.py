@@ -10,8 +10,9 @@ allocates the outputs, and returns a `Job`, which can be run, run again, or comp
     wgrad                 the weight gradient of both, split over pixels
     epilogue              what the first two do with their accumulators: statistics, activations, derivatives
     batch_norm            merging those statistics and applying them; batch_norm_grad: the same backward
-    head                  a discriminator's last layer with loss and both gradients
+    head                  a discriminator's last layer with loss and both gradients; the loss alone
     adam                  every parameter in one launch, and its 16-bit copy
     gather                a step's images from a dataset on the device
+    ticket                which program of a grid is the last to finish, and may read what the others wrote
     config, launch        tiles, without Triton; argument checks, TMA views and jobs
 """

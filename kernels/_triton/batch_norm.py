@@ -1,8 +1,7 @@
 """Batch norm forward, NHWC: statistics of each group, merged from tiles; the apply with its activation.
 
-The statistics come as (count, mean, M2) of each tile, M2 = Σ(y − mean)², from a convolution's epilogue or from
-`statistics` here, and are merged by Chan, Golub and LeVeque's formula (1979, "Updating formulae and a pairwise
-algorithm for computing sample variances", eq. 2.1), in tile order: E[y²] − mean² would cancel, and turns negative.
+The statistics come as (count, mean, M2) of each tile, from a convolution's epilogue or from `statistics` here; how they
+are merged is in `merge`.
 """
 
 import torch
@@ -13,7 +12,8 @@ from torch import Tensor
 from kernels._triton.config import cdiv, power_of_two
 from kernels._triton.epilogue import activate
 from kernels._triton.launch import Job, Launch, check_nhwc, check_tensor
-from kernels.geometry import Activation, Partials
+from kernels._triton.merge import merge, merge_arguments, settle_statistics
+from kernels.geometry import Activation, Epilogue, Merge, Partials
 
 TILE_ELEMENTS = 4096
 MERGED_TILES = 64
@@ -45,7 +45,12 @@ def locate(rows, tiles, C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
-def statistics_kernel(y, values, counts, rows, groups, tiles, C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+def statistics_kernel(
+    y, values, counts, rows, groups, tiles,
+    rounds, round_counts, tickets, weight, bias, running_mean, running_var, tracked, merged, eps, momentum,
+    C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, MERGE: tl.constexpr, TOGETHER: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
     """Mean and M2 of each channel of a tile of y.
 
     Tile: BR pixels by BC channels of one group.
@@ -62,6 +67,12 @@ def statistics_kernel(y, values, counts, rows, groups, tiles, C: tl.constexpr, B
     tl.store(values + at, mean, mask=c < C)
     tl.store(values + groups * tiles * C + at, tl.sum(off * off, 0), mask=c < C)
     tl.store(counts + group * tiles + tile, n)
+    if MERGE:
+        merge(
+            values, counts, rounds, round_counts, tickets, weight, bias, running_mean, running_var, tracked, merged,
+            tl.program_id(1) * BC, group, groups, tile, tiles, rows, eps, momentum, C, BC, "statistics", TOGETHER,
+            WIDTH,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -77,41 +88,10 @@ def merge_statistics_kernel(
     Beats the library by reading the partials and not the tensor, which is hundreds of times larger.
     """
     c = tl.program_id(0) * BC + tl.arange(0, BC)
-    inside = c < C
-    gamma = tl.load(weight + c, mask=inside, other=0.0)
-    beta = tl.load(bias + c, mask=inside, other=0.0)
-    for group in range(groups):
-        count = tl.zeros((1,), tl.float32)
-        mean, m2 = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
-        for first in range(0, tiles, BT):
-            t = first + tl.arange(0, BT)
-            n = tl.load(counts + group * tiles + t, mask=t < tiles, other=0.0)
-            at = (group * tiles + t)[:, None] * C + c[None, :]
-            mask = (t < tiles)[:, None] & inside[None, :]
-            means = tl.load(values + at, mask=mask, other=0.0)
-            squares = tl.load(values + groups * tiles * C + at, mask=mask, other=0.0)
-            n_new = tl.sum(n, 0)
-            mean_new = tl.sum(n[:, None] * means, 0) / n_new
-            off = means - mean_new[None, :]
-            m2_new = tl.sum(squares + n[:, None] * off * off, 0)
-            delta, total = mean_new - mean, count + n_new
-            mean += delta * (n_new / total)
-            m2 += m2_new + delta * delta * (count * n_new / total)
-            count = total
-        rstd = 1 / tl.sqrt_rn(m2 / count + eps)
-        scale = gamma * rstd
-        at, row = group * C + c, groups * C
-        tl.store(state + at, mean, mask=inside)
-        tl.store(state + row + at, rstd, mask=inside)
-        tl.store(state + 2 * row + at, scale, mask=inside)
-        tl.store(state + 3 * row + at, beta - mean * scale, mask=inside)
-        if running_mean is not None:
-            old_mean = tl.load(running_mean + c, mask=inside, other=0.0)
-            old_var = tl.load(running_var + c, mask=inside, other=0.0)
-            tl.store(running_mean + c, old_mean + momentum * (mean - old_mean), mask=inside)
-            tl.store(running_var + c, old_var + momentum * (m2 / (count - 1) - old_var), mask=inside)
-    if tracked is not None and tl.program_id(0) == 0:
-        tl.store(tracked, tl.load(tracked) + groups)
+    settle_statistics(
+        values, counts, weight, bias, running_mean, running_var, tracked, state, groups, tiles, eps, momentum, c,
+        tl.program_id(0) == 0, C, BT,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -143,7 +123,7 @@ def rows_of(name: str, tensor: Tensor, groups: int) -> int:
     return images // groups * tensor.shape[1] * tensor.shape[2]
 
 
-def prepare_statistics(y: Tensor, groups: int = 1) -> Job:
+def prepare_statistics(y: Tensor, groups: int = 1, merge: Merge | None = None) -> Job:
     """The job of `statistics`; see there."""
     rows, channels = rows_of("y", y, groups), y.shape[3]
     grid, tiles = row_grid(rows, groups, channels)
@@ -151,15 +131,20 @@ def prepare_statistics(y: Tensor, groups: int = 1) -> Job:
     counts = values.new_empty((groups, tiles))
     height, width = row_tile(channels)
     arguments = {
-        "y": y, "values": values, "counts": counts, "rows": rows, "groups": groups, "tiles": tiles,
+        "y": y, "values": values, "counts": counts, "groups": groups, "tiles": tiles,
         "C": channels, "BR": height, "BC": width,
+        **merge_arguments(Epilogue(groups=groups, statistics=True, merge=merge), values, tiles, grid[1], rows),
     }  # fmt: skip
-    return Job((Launch(statistics_kernel, grid, arguments),), Partials(values, counts))
+    result = Partials(values, counts) if merge is None else arguments["merged"]
+    return Job((Launch(statistics_kernel, grid, arguments),), result)
 
 
-def statistics(y: Tensor, groups: int = 1) -> Partials:
-    """Per-tile mean and M2 of y (N, H, W, C), for `merge_statistics`: where the GEMM has no epilogue (G's head)."""
-    return prepare_statistics(y, groups).run()
+def statistics(y: Tensor, groups: int = 1, merge: Merge | None = None) -> Partials | Tensor:
+    """Per-tile mean and M2 of y (N, H, W, C), for `merge_statistics`: where the GEMM has no epilogue (G's head).
+
+    With `merge`, of `kernels.geometry.Epilogue`, the batch-norm state (4, groups, C) that they amount to.
+    """
+    return prepare_statistics(y, groups, merge).run()
 
 
 def prepare_merge_statistics(

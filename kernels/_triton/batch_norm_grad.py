@@ -17,6 +17,7 @@ from kernels._triton.batch_norm import MERGED_CHANNELS, MERGED_TILES, locate, ro
 from kernels._triton.config import cdiv
 from kernels._triton.epilogue import derivative
 from kernels._triton.launch import Job, Launch, check_tensor
+from kernels._triton.merge import settle_sums
 from kernels.geometry import Activation, Partials
 
 
@@ -60,23 +61,7 @@ def merge_sums_kernel(
     Beats a second pass over the tensors, as merge_statistics does.
     """
     c = tl.program_id(0) * BC + tl.arange(0, BC)
-    inside = c < C
-    bias_total, weight_total = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
-    for group in range(groups):
-        g, gx = tl.zeros((BT, BC), tl.float32), tl.zeros((BT, BC), tl.float32)
-        for first in range(0, tiles, BT):
-            t = first + tl.arange(0, BT)
-            at = (group * tiles + t)[:, None] * C + c[None, :]
-            mask = (t < tiles)[:, None] & inside[None, :]
-            g += tl.load(values + at, mask=mask, other=0.0)
-            gx += tl.load(values + groups * tiles * C + at, mask=mask, other=0.0)
-        g_sum, gx_sum = tl.sum(g, 0), tl.sum(gx, 0)
-        tl.store(means + group * C + c, g_sum / rows, mask=inside)
-        tl.store(means + (groups + group) * C + c, gx_sum / rows, mask=inside)
-        bias_total += g_sum
-        weight_total += gx_sum
-    tl.store(dbias + c, bias_total, mask=inside)
-    tl.store(dweight + c, weight_total, mask=inside)
+    settle_sums(values, dweight, dbias, means, rows, groups, tiles, c, C, BT)
 
 
 @triton.jit
@@ -136,14 +121,16 @@ def activation_grad(
     return prepare_activation_grad(da, y, state, activation, slope).run()
 
 
-def prepare_merge_sums(partials: Partials, rows: int) -> Job:
+def prepare_merge_sums(partials: Partials, rows: int, out: tuple[Tensor, Tensor] | None = None) -> Job:
     """The job of `merge_sums`; see there."""
     _, groups, tiles, channels = partials.values.shape
     check_tensor("partials.values", partials.values, (2, groups, tiles, channels), torch.float32, None)
     if rows < 1:
         raise ValueError(f"rows is {rows}: a group has at least 1 pixel")
     means = partials.values.new_empty((2, groups, channels))
-    dweight, dbias = means.new_empty(channels), means.new_empty(channels)
+    dweight, dbias = (means.new_empty(channels), means.new_empty(channels)) if out is None else out
+    for name, gradient in (("out[0]", dweight), ("out[1]", dbias)):
+        check_tensor(name, gradient, (channels,), torch.float32, means)
     arguments = {
         "values": partials.values, "dweight": dweight, "dbias": dbias, "means": means, "rows": rows,
         "groups": groups, "tiles": tiles, "C": channels, "BT": MERGED_TILES, "BC": MERGED_CHANNELS,
@@ -152,14 +139,17 @@ def prepare_merge_sums(partials: Partials, rows: int) -> Job:
     return Job((launch,), (dweight, dbias, means))
 
 
-def merge_sums(partials: Partials, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+def merge_sums(
+    partials: Partials, rows: int, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of batch norm's weight and bias, (C,) float32, and what `apply_grad` subtracts, (2, groups, C).
 
     Args:
         partials: of a `batch_norm_grad` epilogue or of `activation_grad`.
         rows: pixels of one group, images × height × width.
+        out: where the two gradients go; new tensors where None.
     """
-    return prepare_merge_sums(partials, rows).run()
+    return prepare_merge_sums(partials, rows, out).run()
 
 
 def prepare_apply_grad(g: Tensor, y: Tensor, state: Tensor, means: Tensor) -> Job:

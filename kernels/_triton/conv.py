@@ -17,16 +17,18 @@ from kernels._triton.launch import (
     halves_view,
     on_tensor_cores,
 )
+from kernels._triton.merge import merge, merge_arguments
 from kernels.geometry import Epilogue, Partials
 
 
 @triton.jit
 def conv_kernel(
     x, w, y, saved, state, values, counts, per_group, groups,
+    rounds, round_counts, tickets, weight, bias, running_mean, running_var, tracked, merged, rows, eps, momentum,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, CO: tl.constexpr,
     BI: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     MODE: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-    FLAT: tl.constexpr, PART: tl.constexpr,
+    FLAT: tl.constexpr, PART: tl.constexpr, MERGE: tl.constexpr, TOGETHER: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """y[n,oy,ox,o] = Σ_{ky,kx,c} x[n,2oy+ky−1,2ox+kx−1,c] · w[o,ky,kx,c], then the epilogue.
 
@@ -82,11 +84,16 @@ def conv_kernel(
             )
         acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
 
-    rows = ((image * H + h) * W + q).to(tl.int64)
+    places = ((image * H + h) * W + q).to(tl.int64)
     finish(
-        acc, y, saved, state, values, counts, rows, valid, column, group, groups, tile, tiles,
+        acc, y, saved, state, values, counts, places, valid, column, group, groups, tile, tiles,
         CO, MODE, ACTIVATION, SLOPE, PART,
     )  # fmt: skip
+    if MERGE:
+        merge(
+            values, counts, rounds, round_counts, tickets, weight, bias, running_mean, running_var, tracked, merged,
+            column, group, groups, tile, tiles, rows, eps, momentum, CO, BN, MODE, TOGETHER, WIDTH,
+        )  # fmt: skip
 
 
 def prepare_conv(
@@ -134,15 +141,17 @@ def prepare_conv(
         "MODE": epilogue.mode, "ACTIVATION": epilogue.activation, "SLOPE": epilogue.slope,
         "PRECISION": precision, "TMA": c.tma, "FLAT": not c.tma and into < FLAT_CHANNELS,
         "PART": PART_COLUMNS[epilogue.mode],
+        **merge_arguments(epilogue, partials and partials.values, tiles, cdiv(out, c.columns), per_group * h * w),
     }  # fmt: skip
     grid = (epilogue.groups * tiles * cdiv(out, c.columns),)
-    return Job((Launch(conv_kernel, grid, arguments, c.warps, c.stages),), (y, partials))
+    result = partials if arguments["merged"] is None else arguments["merged"]
+    return Job((Launch(conv_kernel, grid, arguments, c.warps, c.stages),), (y, result))
 
 
 def conv(
     x: Tensor, weight: Tensor, epilogue: Epilogue | None = None, precision: str = "ieee",
     config: ConvConfig | None = None,
-) -> tuple[Tensor, Partials | None]:  # fmt: skip
+) -> tuple[Tensor, Partials | Tensor | None]:  # fmt: skip
     """Convolution of kernel 4, stride 2, padding 1, without bias, and its epilogue.
 
     Args:
@@ -155,7 +164,8 @@ def conv(
         config: the tile; a default where None.
 
     Returns:
-        y (N, H, W, O) of x's dtype, and the tiles' `Partials` where the epilogue takes sums.
+        y (N, H, W, O) of x's dtype, and the tiles' `Partials` where the epilogue takes sums, or what became of them
+        where it merges them: the batch-norm state (4, groups, O), or the gradient's means (2, groups, O), float32.
 
     Raises:
         ValueError: a shape, dtype, layout or configuration that does not fit, by name.

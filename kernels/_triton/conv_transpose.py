@@ -17,16 +17,18 @@ from kernels._triton.launch import (
     check_tensor,
     on_tensor_cores,
 )
+from kernels._triton.merge import merge, merge_arguments
 from kernels.geometry import Epilogue, Partials
 
 
 @triton.jit
 def conv_transpose_kernel(
     x, w, y, saved, state, values, counts, per_group, groups,
+    rounds, round_counts, tickets, weight, bias, running_mean, running_var, tracked, merged, rows, eps, momentum,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, CO: tl.constexpr,
     BI: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     MODE: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-    PART: tl.constexpr,
+    PART: tl.constexpr, MERGE: tl.constexpr, TOGETHER: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """y[n,2i+p,2j+q,o] = Σ_{a,b∈{0,1},c} x[n,i+p−a,j+q−b,c] · w[c,1−p+2a,1−q+2b,o], then the epilogue.
 
@@ -77,29 +79,36 @@ def conv_transpose_kernel(
             )
         acc = tl.dot(pixels, weights, acc, input_precision=PRECISION)
 
-    rows = ((image * 2 * H + 2 * h + py) * 2 * W + 2 * q + px).to(tl.int64)
+    places = ((image * 2 * H + 2 * h + py) * 2 * W + 2 * q + px).to(tl.int64)
     finish(
-        acc, y, saved, state, values, counts, rows, valid, column, group, groups, box * 4 + phase, boxes * 4,
+        acc, y, saved, state, values, counts, places, valid, column, group, groups, box * 4 + phase, boxes * 4,
         CO, MODE, ACTIVATION, SLOPE, PART,
     )  # fmt: skip
+    if MERGE:
+        merge(
+            values, counts, rounds, round_counts, tickets, weight, bias, running_mean, running_var, tracked, merged,
+            column, group, groups, box * 4 + phase, boxes * 4, rows, eps, momentum, CO, BN, MODE, TOGETHER, WIDTH,
+        )  # fmt: skip
 
 
 def prepare_conv_transpose(
     x: Tensor, weight: Tensor, epilogue: Epilogue | None = None, precision: str = "ieee",
-    config: ConvConfig | None = None, arch: int | None = None,
+    config: ConvConfig | None = None, arch: int | None = None, out: Tensor | None = None,
 ) -> Job:  # fmt: skip
     """The job of `conv_transpose`; see there. The default tile is that of capability `arch`, or of the device."""
     epilogue = epilogue or Epilogue()
     check_nhwc("x", x)
     check_nhwc("weight", weight, x)
     images, h, w, into = x.shape
-    out = weight.shape[3]
-    check_tensor("weight", weight, (into, 4, 4, out), x.dtype, x)
+    channels = weight.shape[3]
+    check_tensor("weight", weight, (into, 4, 4, channels), x.dtype, x)
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}: accepted are {PRECISIONS}")
-    y = x.new_empty((images, 2 * h, 2 * w, out))
+    shape = (images, 2 * h, 2 * w, channels)
+    y = x.new_empty(shape) if out is None else out
+    check_tensor("out", y, shape, x.dtype, x)
     check_epilogue(epilogue, y, images)
-    if out <= MOST_CHANNELS and epilogue.mode in MODES:
+    if channels <= MOST_CHANNELS and epilogue.mode in MODES:
         return image_job(x, weight, y, epilogue, precision, arch, config)
     per_group = images // epilogue.groups
     c = config or conv_config(
@@ -108,33 +117,37 @@ def prepare_conv_transpose(
         epilogue.groups,
         h,
         w,
-        (into, out),
+        (into, channels),
         x.element_size(),
         arch or arch_of(x),
         on_tensor_cores(x, precision),
     )
-    if c.tma and (into * x.element_size() % 16 or out * x.element_size() % 16):
-        raise ValueError(f"{c} is of TMA loads: {into} and {out} channels must be multiples of 16 bytes")
+    if c.tma and (into * x.element_size() % 16 or channels * x.element_size() % 16):
+        raise ValueError(f"{c} is of TMA loads: {into} and {channels} channels must be multiples of 16 bytes")
     boxes = cdiv(per_group, c.images) * cdiv(h, c.height) * cdiv(w, c.width)
     partials = empty_partials(epilogue, boxes * 4, y)
     arguments = {
         "x": box_view(x, tuple(x.shape), (c.images, c.height, c.width, c.depth)) if c.tma else x,
-        "w": box_view(weight, (into, 16 * out), (c.depth, c.columns)) if c.tma else weight,
+        "w": box_view(weight, (into, 16 * channels), (c.depth, c.columns)) if c.tma else weight,
         "y": y, "saved": epilogue.saved, "state": epilogue.state,
         "values": partials and partials.values, "counts": partials and partials.counts,
-        "per_group": per_group, "groups": epilogue.groups, "H": h, "W": w, "C": into, "CO": out,
+        "per_group": per_group, "groups": epilogue.groups, "H": h, "W": w, "C": into, "CO": channels,
         "BI": c.images, "BH": c.height, "BW": c.width, "BN": c.columns, "BK": c.depth,
         "MODE": epilogue.mode, "ACTIVATION": epilogue.activation, "SLOPE": epilogue.slope,
         "PRECISION": precision, "TMA": c.tma, "PART": PART_COLUMNS[epilogue.mode],
+        **merge_arguments(
+            epilogue, partials and partials.values, boxes * 4, cdiv(channels, c.columns), per_group * 4 * h * w
+        ),
     }  # fmt: skip
-    grid = (epilogue.groups * boxes * 4 * cdiv(out, c.columns),)
-    return Job((Launch(conv_transpose_kernel, grid, arguments, c.warps, c.stages),), (y, partials))
+    grid = (epilogue.groups * boxes * 4 * cdiv(channels, c.columns),)
+    result = partials if arguments["merged"] is None else arguments["merged"]
+    return Job((Launch(conv_transpose_kernel, grid, arguments, c.warps, c.stages),), (y, result))
 
 
 def conv_transpose(
     x: Tensor, weight: Tensor, epilogue: Epilogue | None = None, precision: str = "ieee",
-    config: ConvConfig | None = None,
-) -> tuple[Tensor, Partials | None]:  # fmt: skip
+    config: ConvConfig | None = None, out: Tensor | None = None,
+) -> tuple[Tensor, Partials | Tensor | None]:  # fmt: skip
     """Transposed convolution of kernel 4, stride 2, padding 1, without bias, and its epilogue.
 
     Args:
@@ -143,11 +156,12 @@ def conv_transpose(
             gradient a Conv2d's (out, in, 4, 4), in channels_last memory and permuted by (0, 2, 3, 1): the layout
             that `conv` and `wgrad` have too. Its rows are read along O, which wgmma takes as it is in 16 bits.
         epilogue, precision, config: as for `conv`.
+        out: where y goes; a new tensor where None.
 
     Returns:
-        y (N, 2H, 2W, O) of x's dtype, and the tiles' `Partials` where the epilogue takes sums.
+        y (N, 2H, 2W, O) of x's dtype, and the tiles' `Partials` or what became of them, as of `conv`.
 
     Raises:
         ValueError: a shape, dtype, layout or configuration that does not fit, by name.
     """
-    return prepare_conv_transpose(x, weight, epilogue, precision, config).run()
+    return prepare_conv_transpose(x, weight, epilogue, precision, config, out=out).run()

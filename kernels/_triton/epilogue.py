@@ -26,6 +26,10 @@ def check_epilogue(epilogue: Epilogue, out: Tensor, images: int) -> None:
         raise ValueError(f"activation is {epilogue.activation!r}: accepted are none, relu, leaky_relu and tanh")
     if epilogue.statistics and (epilogue.activation != "none" or epilogue.saved is not None):
         raise ValueError("statistics=True is of a raw output: it takes activation='none' and no saved tensor")
+    if epilogue.merge is not None and epilogue.mode not in ("statistics", "batch_norm_grad"):
+        raise ValueError(
+            "merge is given where the epilogue takes no sums: it needs statistics=True, or saved and state"
+        )
     if epilogue.state is not None:
         if epilogue.saved is None:
             raise ValueError("state is given without saved: the batch-norm derivative needs the raw output")

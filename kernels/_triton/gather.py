@@ -5,21 +5,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._triton.adam import count_kernel
 from kernels._triton.config import cdiv
 from kernels._triton.launch import DTYPES, Job, Launch, check_tensor
+from kernels._triton.ticket import check_ticket, last_program
 
 BLOCK = 2048
 
 
 @triton.jit
 def gather_kernel(
-    rows, permutation, cursor, flip, out, length,
+    rows, permutation, cursor, flip, out, ticket, length,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, CO: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[n,y,x,c] = rows[permutation[(cursor + n) mod length], y, flip[n] ? W−1−x : x, c] · 2/255 − 1; 0 for c ≥ C.
+    """out[n,y,x,c] = rows[permutation[k], y, flip[k] ? W−1−x : x, c] · 2/255 − 1 with k = (cursor + n) mod length.
 
-    Tile: BLOCK elements of one image.
+    Tile: BLOCK elements of one image; the last program to finish moves the cursor.
     Bytes: 1 an element read, 2 or 4 written.
     Computes in fp32, rounded once.
     Beats a gather, a flip, a cast, a scale and a permute: one kernel, and the host sends nothing.
@@ -27,18 +27,23 @@ def gather_kernel(
     n = tl.program_id(0)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     y, x, c = i // (W * CO), i // CO % W, i % CO
-    source = tl.load(permutation + (tl.load(cursor) + n) % length)
+    taken = tl.load(cursor)
+    place = (taken + n) % length
+    source = tl.load(permutation + place)
     if flip is not None:
-        x = tl.where(tl.load(flip + n) != 0, W - 1 - x, x)
+        x = tl.where(tl.load(flip + place) != 0, W - 1 - x, x)
     inside = i < H * W * CO
     pixel = tl.load(rows + source * (H * W * C) + (y * W + x) * C + c, mask=inside & (c < C), other=0)
     value = tl.where(c < C, pixel.to(tl.float32) * (2 / 255) - 1, 0.0)
     tl.store(out + n.to(tl.int64) * (H * W * CO) + i, value.to(out.dtype.element_ty), mask=inside)
+    if last_program(ticket, tl.num_programs(0) * tl.num_programs(1)):
+        tl.store(cursor, taken + tl.num_programs(0))
 
 
 def prepare_gather(
     rows: Tensor, permutation: Tensor, cursor: Tensor, batch: int, flip: Tensor | None = None,
-    dtype: torch.dtype = torch.bfloat16, channels: int | None = None,
+    dtype: torch.dtype = torch.bfloat16, channels: int | None = None, ticket: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Job:  # fmt: skip
     """The job of `gather`; see there."""
     if rows.ndim != 4 or rows.dtype != torch.uint8 or not rows.is_contiguous():
@@ -54,20 +59,23 @@ def prepare_gather(
     check_tensor("permutation", permutation, (len(permutation),), torch.int64, rows)
     check_tensor("cursor", cursor, (), torch.int64, rows)
     if flip is not None:
-        check_tensor("flip", flip, (batch,), torch.uint8, rows)
-    out = rows.new_empty((batch, height, width, channels), dtype=dtype)
+        check_tensor("flip", flip, (len(permutation),), torch.uint8, rows)
+    shape = (batch, height, width, channels)
+    out = rows.new_empty(shape, dtype=dtype) if out is None else out
+    check_tensor("out", out, shape, dtype, rows)
     arguments = {
         "rows": rows, "permutation": permutation, "cursor": cursor, "flip": flip, "out": out,
-        "length": len(permutation), "H": height, "W": width, "C": into, "CO": channels, "BLOCK": BLOCK,
+        "ticket": check_ticket(ticket, rows), "length": len(permutation), "H": height, "W": width, "C": into,
+        "CO": channels, "BLOCK": BLOCK,
     }  # fmt: skip
     grid = (batch, cdiv(height * width * channels, BLOCK))
-    advance = Launch(count_kernel, (1,), {"counter": cursor, "by": batch}, warps=1)
-    return Job((Launch(gather_kernel, grid, arguments), advance), out)
+    return Job((Launch(gather_kernel, grid, arguments),), out)
 
 
 def gather(
     rows: Tensor, permutation: Tensor, cursor: Tensor, batch: int, flip: Tensor | None = None,
-    dtype: torch.dtype = torch.bfloat16, channels: int | None = None,
+    dtype: torch.dtype = torch.bfloat16, channels: int | None = None, ticket: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The next `batch` images of an epoch, as a network reads them.
 
@@ -76,11 +84,13 @@ def gather(
         permutation: the epoch's order (length,) int64, of row numbers. Not checked: the kernel trusts them.
         cursor: () int64 on the device: images taken so far; grows by `batch`, and wraps around `length`.
         batch: images.
-        flip: (batch,) uint8: not 0 mirrors the image left to right; none is where None.
+        flip: (length,) uint8, by place in the permutation: not 0 mirrors the image left to right; none is where None.
         dtype: of the result.
         channels: of the result; those past C are zeros (four make an RGB pixel one 8-byte load).
+        ticket: of `new_ticket`, zero and kept by the caller; one is made where None.
+        out: where the result goes; a new tensor where None.
 
     Returns:
         (batch, H, W, channels) in [-1, 1].
     """
-    return prepare_gather(rows, permutation, cursor, batch, flip, dtype, channels).run()
+    return prepare_gather(rows, permutation, cursor, batch, flip, dtype, channels, ticket, out).run()

@@ -1,8 +1,11 @@
-"""D's last layer and everything behind it: BN apply, dot product, BCE with logits, and all of that backward.
+"""D's last layer and everything behind it: BN apply, dot product, BCE with logits, and all of that backward; and the
+loss alone, of logits that are there already.
 
 The layer reduces a whole feature map to one logit, so each feature is used once, and the batch norm before it can be
 applied as the features are read: neither they nor their gradient is ever written activated.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -11,24 +14,53 @@ from torch import Tensor
 
 from kernels._triton.config import cdiv, power_of_two
 from kernels._triton.epilogue import activate, derivative
-from kernels._triton.launch import Job, Launch, check_nhwc, check_tensor
-from kernels.geometry import Activation, Partials
+from kernels._triton.launch import DTYPES, Job, Launch, check_nhwc, check_tensor
+from kernels._triton.merge import TOGETHER, gradients_of, settle_sums
+from kernels._triton.ticket import check_ticket, last_program, tickets
+from kernels.geometry import Activation, Merge, Partials
 
 BLOCK = 2048
+MEANS = 256
 CHANNELS = 64
 IMAGES = 16
+MOST_GROUPS = 31
+"""Their targets are the bits of one int32."""
+
+
+@triton.jit
+def log1p(e):
+    """log(1 + e), 0 ≤ e ≤ 1, to a few ulp, where the hardware's logarithm of 1 + e keeps only absolute accuracy.
+
+    2·artanh(s), s = e/(2 + e) ≤ 1/3; the first term of the series that is left out is below 2·10⁻⁸ of the sum.
+    """
+    s = e / (2 + e)
+    t = s * s
+    tail = 1 / 5 + t * (1 / 7 + t * (1 / 9 + t * (1 / 11 + t * (1 / 13))))
+    return 2 * s * (1 + t * (1 / 3 + t * tail))
+
+
+@triton.jit
+def cross_entropy(logit, target):
+    """softplus(∓logit), its derivative σ(logit) − target, and σ(logit), elementwise; target is 1 or 0."""
+    e = tl.exp(-tl.abs(logit))  # never overflows
+    larger = 1 / (1 + e)  # of the probability and 1 − probability, and e times it the smaller: nothing cancels
+    probability = tl.where(logit >= 0, larger, e * larger)
+    rest = tl.where(logit >= 0, e * larger, larger)
+    towards = tl.where(target == 1, -logit, logit)
+    return tl.maximum(towards, 0.0) + log1p(e), tl.where(target == 1, -rest, probability), probability
 
 
 @triton.jit
 def head_kernel(
-    y, w, state, logits, losses, probabilities, dlogits, per_group, groups, real,
-    P: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+    y, w, state, scale, logits, dlogits, means, ticket, per_group, groups, real,
+    P: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, MEANS: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
 ):  # fmt: skip
     """logit = Σ act(scale·y + shift)·w; loss = softplus(∓logit); dlogit = (σ(logit) − target) / images of the group.
 
-    Tile: one image.
+    Tile: one image; the last program to finish also takes the groups' mean losses and probabilities.
     Bytes: y once; w out of L2.
-    Accumulates in fp32, BLOCK partial sums and then a tree.
+    Accumulates in fp32, BLOCK partial sums and then a tree; means over logits in order: the same bits each run.
     Beats the library's apply, GEMV, sigmoid, loss and their backward kernels by reading y alone.
     """
     n = tl.program_id(0)
@@ -38,52 +70,62 @@ def head_kernel(
         i = first + tl.arange(0, BLOCK)
         mask = i < P * C
         at = group * C + i % C
-        scale = tl.load(state + 2 * groups * C + at, mask=mask, other=0.0)
-        shift = tl.load(state + 3 * groups * C + at, mask=mask, other=0.0)
-        z = tl.load(y + n.to(tl.int64) * (P * C) + i, mask=mask, other=0.0).to(tl.float32) * scale + shift
+        scales = tl.load(state + 2 * groups * C + at, mask=mask, other=0.0)
+        shifts = tl.load(state + 3 * groups * C + at, mask=mask, other=0.0)
+        z = tl.load(y + n.to(tl.int64) * (P * C) + i, mask=mask, other=0.0).to(tl.float32) * scales + shifts
         total += activate(z, ACTIVATION, SLOPE) * tl.load(w + i, mask=mask, other=0.0).to(tl.float32)
     logit = tl.sum(total, 0)
-    target = (real >> group) & 1
-    e = tl.exp(-tl.abs(logit))  # never overflows
-    larger = 1 / (1 + e)  # of the probability and 1 − probability, and e times it the smaller: nothing cancels
-    probability = tl.where(logit >= 0, larger, e * larger)
-    towards = tl.where(target == 1, -logit, logit)
-    small = tl.where(e < 1e-3, e * (1 - e * (0.5 - e / 3)), tl.log(1 + e))  # log1p
-    rest = tl.where(logit >= 0, e * larger, larger)
+    _, slope, _ = cross_entropy(logit, (real >> group) & 1)
+    slope = slope / per_group
+    if scale is not None:
+        slope *= tl.load(scale)
     tl.store(logits + n, logit)
-    tl.store(losses + n, tl.maximum(towards, 0.0) + small)
-    tl.store(probabilities + n, probability)
-    tl.store(dlogits + n, tl.where(target == 1, -rest, probability) / per_group)
+    tl.store(dlogits + n, slope)
+    if last_program(ticket, tl.num_programs(0)):
+        for g in range(groups):
+            group_means(logits, None, means, g, groups, per_group, (real >> g) & 1, MEANS)
 
 
 @triton.jit
-def group_means_kernel(losses, probabilities, means, per_group, groups, BLOCK: tl.constexpr):
-    """means[0,g], means[1,g] = the mean loss and probability of each group.
+def group_means(logits, dlogits, means, group, groups, per_group, target, BLOCK: tl.constexpr):
+    """means[0,group], means[1,group] = mean loss and probability of a group; its dlogits where they are wanted."""
+    losses, probabilities = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, per_group, BLOCK):
+        n = first + tl.arange(0, BLOCK)
+        inside = n < per_group
+        logit = tl.load(logits + group * per_group + n, mask=inside, other=0.0).to(tl.float32)
+        loss, slope, probability = cross_entropy(logit, target)
+        losses += tl.where(inside, loss, 0.0)
+        probabilities += tl.where(inside, probability, 0.0)
+        if dlogits is not None:
+            tl.store(dlogits + group * per_group + n, slope / per_group, mask=inside)
+    tl.store(means + group, tl.sum(losses, 0) / per_group)
+    tl.store(means + groups + group, tl.sum(probabilities, 0) / per_group)
 
-    Tile: everything; one program.
-    Bytes: 8 an image.
-    Accumulates in fp32, in a fixed order.
-    Beats atomics by giving the same bits each run, and the host by not asking it.
+
+@triton.jit
+def gan_loss_kernel(logits, dlogits, means, per_group, groups, real, BLOCK: tl.constexpr):
+    """means[0,g] = mean softplus(∓logit), means[1,g] = mean σ(logit), dlogit = (σ(logit) − target) / images of g.
+
+    Tile: one group of logits, BLOCK at a time.
+    Bytes: 8 a logit.
+    Accumulates in fp32, in order: the same bits each run.
+    Beats the library's sigmoid, loss, two means and their backward by being one launch; nothing else costs here.
     """
-    for group in range(groups):
-        loss, probability = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-        for first in range(0, per_group, BLOCK):
-            n = first + tl.arange(0, BLOCK)
-            loss += tl.load(losses + group * per_group + n, mask=n < per_group, other=0.0)
-            probability += tl.load(probabilities + group * per_group + n, mask=n < per_group, other=0.0)
-        tl.store(means + group, tl.sum(loss, 0) / per_group)
-        tl.store(means + groups + group, tl.sum(probability, 0) / per_group)
+    group = tl.program_id(0)
+    group_means(logits, dlogits, means, group, groups, per_group, (real >> group) & 1, BLOCK)
 
 
 @triton.jit
 def head_grad_kernel(
-    y, w, state, dlogits, g, dw, values, per_group, groups,
+    y, w, state, dlogits, g, dw, values, dweight, dbias, means, tickets, per_group, groups,
     P: tl.constexpr, C: tl.constexpr, BI: tl.constexpr, BC: tl.constexpr,
-    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """g = dlogit·w·act′; Σg and Σg·x̂ over a pixel's images; dw = Σ dlogit·act(scale·y + shift) where it is wanted.
 
-    Tile: one pixel, BC channels, all images, BI at a time.
+    Tile: one pixel, BC channels, all images, BI at a time; of the pixels' programs the last one merges their sums where
+        `means` is wanted.
     Bytes: y and g once.
     Accumulates in fp32 over images, in order: the same bits each run.
     Beats the library's two outer products, activation backward and reduction, which read and write the map five times.
@@ -116,6 +158,9 @@ def head_grad_kernel(
         tl.store(values + groups * P * C + partial, tl.sum(sum_gx, 0), mask=inside)
     if dw is not None:
         tl.store(dw + p * C + c, tl.sum(dw_total, 0), mask=inside)
+    if means is not None:  # noqa: SIM102  a constant: without it there are no tickets
+        if last_program(tickets + tl.program_id(1), P):
+            settle_sums(values, dweight, dbias, means, per_group * P, groups, P, c, C, TOGETHER)
 
 
 def _check(y: Tensor, weight: Tensor, state: Tensor, activation: Activation) -> tuple[int, int, int]:
@@ -125,41 +170,46 @@ def _check(y: Tensor, weight: Tensor, state: Tensor, activation: Activation) -> 
     check_tensor("weight", weight, (1, height, width, channels), y.dtype, y)
     groups = state.shape[1]
     check_tensor("state", state, (4, groups, channels), torch.float32, y)
-    if not 1 <= groups <= 31 or images % groups:
+    if not 1 <= groups <= MOST_GROUPS or images % groups:
         raise ValueError(f"state is of {groups} groups: they must divide the batch of {images}, and be at most 31")
     if activation == "tanh":
         raise ValueError("activation is 'tanh': after batch norm, accepted are none, relu and leaky_relu")
     return images // groups, height * width, channels
 
 
+def real_bits(real: Sequence[bool], groups: int) -> int:
+    """Bit g says whether group g's target is 1; ValueError where there is not one entry a group."""
+    if len(real) != groups:
+        raise ValueError(f"real has {len(real)} entries: expected {groups}, one a group")
+    return sum(1 << group for group, is_real in enumerate(real) if is_real)
+
+
 def prepare_head(
-    y: Tensor, weight: Tensor, state: Tensor, real: tuple[bool, ...], activation: Activation = "leaky_relu",
-    slope: float = 0.2,
+    y: Tensor, weight: Tensor, state: Tensor, real: Sequence[bool], activation: Activation = "leaky_relu",
+    slope: float = 0.2, scale: Tensor | None = None, ticket: Tensor | None = None,
 ) -> Job:  # fmt: skip
     """The job of `head`; see there."""
     per_group, pixels, channels = _check(y, weight, state, activation)
     groups = state.shape[1]
-    if len(real) != groups:
-        raise ValueError(f"real has {len(real)} entries: expected {groups}, one a group")
-    logits, losses, probabilities, dlogits = (y.new_empty((y.shape[0],), dtype=torch.float32) for _ in range(4))
+    if scale is not None and (scale.dtype != torch.float32 or not scale.numel() or scale.device != y.device):
+        raise ValueError(
+            f"scale is {scale.dtype} {tuple(scale.shape)} on {scale.device}: "
+            f"expected float32 on {y.device}, its first element the scale"
+        )
+    logits, dlogits = (y.new_empty((y.shape[0],), dtype=torch.float32) for _ in range(2))
     means = logits.new_empty((2, groups))
     arguments = {
-        "y": y, "w": weight, "state": state, "logits": logits, "losses": losses, "probabilities": probabilities,
-        "dlogits": dlogits, "per_group": per_group, "groups": groups,
-        "real": sum(1 << group for group, is_real in enumerate(real) if is_real), "P": pixels, "C": channels,
-        "BLOCK": min(BLOCK, power_of_two(pixels * channels)), "ACTIVATION": activation, "SLOPE": slope,
+        "y": y, "w": weight, "state": state, "scale": scale, "logits": logits, "dlogits": dlogits, "means": means,
+        "ticket": check_ticket(ticket, y), "per_group": per_group, "groups": groups,
+        "real": real_bits(real, groups), "P": pixels, "C": channels,
+        "BLOCK": min(BLOCK, power_of_two(pixels * channels)), "MEANS": MEANS, "ACTIVATION": activation, "SLOPE": slope,
     }  # fmt: skip
-    reduce = {
-        "losses": losses, "probabilities": probabilities, "means": means, "per_group": per_group, "groups": groups,
-        "BLOCK": 256,
-    }  # fmt: skip
-    launches = (Launch(head_kernel, (y.shape[0],), arguments, warps=8), Launch(group_means_kernel, (1,), reduce))
-    return Job(launches, (logits, dlogits, means))
+    return Job((Launch(head_kernel, (y.shape[0],), arguments, warps=8),), (logits, dlogits, means))
 
 
 def head(
-    y: Tensor, weight: Tensor, state: Tensor, real: tuple[bool, ...], activation: Activation = "leaky_relu",
-    slope: float = 0.2,
+    y: Tensor, weight: Tensor, state: Tensor, real: Sequence[bool], activation: Activation = "leaky_relu",
+    slope: float = 0.2, scale: Tensor | None = None, ticket: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Logits and losses from the raw output of the layer before the last.
 
@@ -169,43 +219,84 @@ def head(
         state: batch norm's (4, groups, C) float32.
         real: for each group whether its target is 1: (True, False) for [real | fake], (True,) in G's step.
         activation, slope: of the layer before.
+        scale: float32 on the device, whose first element multiplies dlogits (a `loss_scale` of `adam` will do); none
+            where None. Losses and probabilities stay as they are.
+        ticket: of `new_ticket`, zero and kept by the caller; one is made where None.
 
     Returns:
         logits (N,), dlogits (N,): the gradient of the sum over groups of each group's mean loss, and means (2, groups):
         each group's mean loss, and mean probability. All float32.
     """
-    return prepare_head(y, weight, state, real, activation, slope).run()
+    return prepare_head(y, weight, state, real, activation, slope, scale, ticket).run()
+
+
+def prepare_gan_loss(logits: Tensor, real: Sequence[bool]) -> Job:
+    """The job of `gan_loss`; see there."""
+    if logits.ndim != 1 or not logits.is_contiguous() or logits.dtype not in DTYPES or not len(logits):
+        raise ValueError(
+            f"logits is {logits.dtype} {tuple(logits.shape)} with strides {logits.stride()}: expected contiguous (N,) "
+            "bfloat16, float16 or float32, not empty"
+        )
+    groups = len(real)
+    if not 1 <= groups <= MOST_GROUPS or len(logits) % groups:
+        raise ValueError(f"real has {groups} entries: they must divide the {len(logits)} logits, and be at most 31")
+    dlogits = logits.new_empty(logits.shape, dtype=torch.float32)
+    means = dlogits.new_empty((2, groups))
+    arguments = {
+        "logits": logits, "dlogits": dlogits, "means": means, "per_group": len(logits) // groups, "groups": groups,
+        "real": real_bits(real, groups), "BLOCK": MEANS,
+    }  # fmt: skip
+    return Job((Launch(gan_loss_kernel, (groups,), arguments),), (dlogits, means))
+
+
+def gan_loss(logits: Tensor, real: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    """Losses of logits (N,) in equal groups, and their gradient; `real` as for `head`.
+
+    Returns:
+        dlogits (N,): the gradient of the sum over groups of each group's mean loss, and means (2, groups): each group's
+        mean loss, and mean probability. Both float32.
+    """
+    return prepare_gan_loss(logits, real).run()
 
 
 def prepare_head_grad(
     y: Tensor, weight: Tensor, state: Tensor, dlogits: Tensor, activation: Activation = "leaky_relu",
-    slope: float = 0.2, weight_grad: bool = True,
+    slope: float = 0.2, weight_grad: bool = True, out: Tensor | None = None, merge: Merge | None = None,
 ) -> Job:  # fmt: skip
     """The job of `head_grad`; see there."""
     per_group, pixels, channels = _check(y, weight, state, activation)
     check_tensor("dlogits", dlogits, (y.shape[0],), torch.float32, y)
     groups = state.shape[1]
     g = torch.empty_like(y)
-    dw = dlogits.new_empty(weight.shape) if weight_grad else None
+    dw = None
+    if weight_grad:
+        dw = dlogits.new_empty(weight.shape) if out is None else out
+        check_tensor("out", dw, tuple(weight.shape), torch.float32, y)
     values = dlogits.new_empty((2, groups, pixels, channels))
     columns = min(CHANNELS, power_of_two(channels))
     arguments = {
         "y": y, "w": weight, "state": state, "dlogits": dlogits, "g": g, "dw": dw, "values": values,
+        "dweight": None, "dbias": None, "means": None, "tickets": None,
         "per_group": per_group, "groups": groups, "P": pixels, "C": channels, "BI": IMAGES, "BC": columns,
-        "ACTIVATION": activation, "SLOPE": slope,
+        "ACTIVATION": activation, "SLOPE": slope, "TOGETHER": TOGETHER,
     }  # fmt: skip
+    sums = Partials(values, None)
+    if merge is not None:
+        sums = values.new_empty((2, groups, channels))
+        arguments |= gradients_of(merge, sums) | {"tickets": tickets(y, cdiv(channels, columns)), "means": sums}
     launch = Launch(head_grad_kernel, (pixels, cdiv(channels, columns)), arguments)
-    return Job((launch,), (g, Partials(values, None), dw))
+    return Job((launch,), (g, sums, dw))
 
 
 def head_grad(
     y: Tensor, weight: Tensor, state: Tensor, dlogits: Tensor, activation: Activation = "leaky_relu",
-    slope: float = 0.2, weight_grad: bool = True,
-) -> tuple[Tensor, Partials, Tensor | None]:  # fmt: skip
+    slope: float = 0.2, weight_grad: bool = True, out: Tensor | None = None, merge: Merge | None = None,
+) -> tuple[Tensor, Partials | Tensor, Tensor | None]:  # fmt: skip
     """Backward of `head` from dlogits (N,) float32.
 
     Returns:
-        g (N, H, W, C) of y's dtype, the gradient behind y's activation; its sums for `merge_sums`, a tile a pixel; and
-        the weight's gradient (1, H, W, C) float32, or None where `weight_grad` is False (D frozen in G's step).
+        g (N, H, W, C) of y's dtype, the gradient behind y's activation; its sums for `merge_sums`, a tile a pixel, or
+        with `merge` (see `kernels.geometry.Epilogue`) their means (2, groups, C) for `apply_grad`; and the weight's
+        gradient (1, H, W, C) float32, in `out` where given, None where not `weight_grad` (D frozen in G's step).
     """
-    return prepare_head_grad(y, weight, state, dlogits, activation, slope, weight_grad).run()
+    return prepare_head_grad(y, weight, state, dlogits, activation, slope, weight_grad, out, merge).run()

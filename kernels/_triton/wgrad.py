@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._triton.config import FLAT_CHANNELS, WgradConfig, cdiv, wgrad_config
+from kernels._triton.config import FLAT_CHANNELS, WgradConfig, cdiv, power_of_two, wgrad_config
 from kernels._triton.launch import (
     PRECISIONS,
     Job,
@@ -17,23 +17,27 @@ from kernels._triton.launch import (
     halves_view,
     on_tensor_cores,
 )
+from kernels._triton.ticket import last_program, tickets
 
-REDUCE_BLOCK = 1024
+REDUCE_BLOCK, REDUCE_SHARES = 128, 16
+SETTLED_BYTES = 512 << 10
+"""Shares of a tile that its last program may still sum up, in bytes; where there are more, a launch of its own does."""
 
 
 @triton.jit
 def wgrad_kernel(
-    low, high, out, images,
+    low, high, out, gradient, tickets, images,
     H: tl.constexpr, W: tl.constexpr, L: tl.constexpr, C: tl.constexpr,
     BI: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr, FLAT: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, FLAT: tl.constexpr, SETTLE: tl.constexpr,
 ):  # fmt: skip
     """out[s,l,ky,kx,c] = Σ_{n,y,x of share s} low[n,y,x,l] · high[n,2y+ky−1,2x+kx−1,c].
 
     Tile: BM low channels by BN high channels of one tap, or, FLAT, by BN of the 16·C taps and channels in a row; a box
         of BI×BH×BW pixels is one step of the reduction.
     Bytes: low, high and the SPLIT shares once; from L2 low ⌈C/BN⌉·16 times and high ⌈L/BM⌉·4 times.
-    Accumulates in fp32; a share takes every SPLIT-th box and has its own place, so no order is left to chance.
+    Accumulates in fp32; a share takes every SPLIT-th box and has its own place, so no order is left to chance. With
+        SETTLE the last of a tile's programs adds its shares up.
     Beats the library's deterministic choice, which is not split and leaves most SMs idle where the weight is small.
     """
     BK: tl.constexpr = BI * BH * BW
@@ -72,29 +76,39 @@ def wgrad_kernel(
             a = tl.load(low + pixel[:, None] * L + m[None, :], valid[:, None] & (m < L)[None, :], 0.0)
             b = tl.load(high + above * C + n[None, :], seen & inside[None, :], 0.0)
         acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
-    place = (share * L + m)[:, None].to(tl.int64) * (16 * C) + f[None, :]
-    tl.store(out + place, acc, mask=(m < L)[:, None] & inside[None, :])
+    place = m[:, None] * (16 * C) + f[None, :]
+    mask = (m < L)[:, None] & inside[None, :]
+    tl.store(out + share.to(tl.int64) * (L * 16 * C) + place, acc, mask=mask)
+    if SETTLE:  # noqa: SIM102  a constant: without it there are no tickets
+        if last_program(tickets + row // BM * BLOCKS + block, SPLIT):
+            acc = tl.load(out + place, mask=mask, other=0.0)
+            for s in range(1, SPLIT):
+                acc += tl.load(out + s * (L * 16 * C) + place, mask=mask, other=0.0)
+            tl.store(gradient + place, acc, mask=mask)
 
 
 @triton.jit
-def sum_shares_kernel(shares, out, size, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
-    """out[i] = Σ_s shares[s,i], from s = 0 on.
+def sum_shares_kernel(shares, out, size, SPLIT: tl.constexpr, BLOCK: tl.constexpr, BS: tl.constexpr):
+    """out[i] = Σ_s shares[s,i].
 
-    Tile: BLOCK elements of the gradient, all their shares.
+    Tile: BLOCK elements of the gradient, all their shares, BS at a time so that their loads are in flight together.
     Bytes: 4·(SPLIT + 1) an element, out of L2 as the shares were just written.
     Accumulates in fp32, in the same order every time.
     Beats atomics by giving the same bits run after run.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for s in range(SPLIT):
-        total += tl.load(shares + s * size + i, mask=i < size, other=0.0)
-    tl.store(out + i, total, mask=i < size)
+    total = tl.zeros((BS, BLOCK), tl.float32)
+    for first in range(0, SPLIT, BS):
+        s = first + tl.arange(0, BS)
+        mask = (s < SPLIT)[:, None] & (i < size)[None, :]
+        total += tl.load(shares + s[:, None].to(tl.int64) * size + i[None, :], mask=mask, other=0.0)
+    tl.store(out + i, tl.sum(total, 0), mask=i < size)
 
 
 def prepare_wgrad(
-    low: Tensor, high: Tensor, precision: str = "ieee", config: WgradConfig | None = None, arch: int | None = None
-) -> Job:
+    low: Tensor, high: Tensor, precision: str = "ieee", config: WgradConfig | None = None, arch: int | None = None,
+    out: Tensor | None = None,
+) -> Job:  # fmt: skip
     """The job of `wgrad`; see there. The default tile is that of capability `arch`, the device's own where None."""
     check_nhwc("low", low)
     check_nhwc("high", high, low)
@@ -109,33 +123,41 @@ def prepare_wgrad(
     )
     if c.tma and (rows * itemsize % 16 or channels * itemsize % 16):
         raise ValueError(f"{c} is of TMA loads: {rows} and {channels} channels must be multiples of 16 bytes")
-    gradient = low.new_empty((rows, 4, 4, channels), dtype=torch.float32)
+    gradient = low.new_empty((rows, 4, 4, channels), dtype=torch.float32) if out is None else out
+    check_tensor("out", gradient, (rows, 4, 4, channels), torch.float32, low)
     shares = gradient if c.split == 1 else gradient.new_empty((c.split, *gradient.shape))
+    settle = c.split > 1 and c.split * c.rows * c.columns * 4 <= SETTLED_BYTES
     box, flat = (c.images, c.height, c.width), not c.tma and channels < FLAT_CHANNELS
     arguments = {
         "low": box_view(low, tuple(low.shape), (*box, c.rows)) if c.tma else low,
         "high": halves_view(high, box, c.columns) if c.tma else high,
-        "out": shares, "images": images, "H": h, "W": w, "L": rows, "C": channels,
+        "out": shares, "gradient": None, "tickets": None, "images": images, "H": h, "W": w, "L": rows, "C": channels,
         "BI": c.images, "BH": c.height, "BW": c.width, "BM": c.rows, "BN": c.columns, "SPLIT": c.split,
-        "PRECISION": precision, "TMA": c.tma, "FLAT": flat,
+        "PRECISION": precision, "TMA": c.tma, "FLAT": flat, "SETTLE": settle,
     }  # fmt: skip
     blocks = cdiv(16 * channels, c.columns) if flat else 16 * cdiv(channels, c.columns)
-    grid = (c.split * cdiv(rows, c.rows) * blocks,)
-    launches = [Launch(wgrad_kernel, grid, arguments, c.warps, c.stages)]
-    if c.split > 1:
+    tiles = cdiv(rows, c.rows) * blocks
+    if settle:
+        arguments |= {"gradient": gradient, "tickets": tickets(gradient, tiles)}
+    launches = [Launch(wgrad_kernel, (c.split * tiles,), arguments, c.warps, c.stages)]
+    if c.split > 1 and not settle:
         size = gradient.numel()
-        arguments = {"shares": shares, "out": gradient, "size": size, "SPLIT": c.split, "BLOCK": REDUCE_BLOCK}
+        arguments = {"shares": shares, "out": gradient, "size": size, "SPLIT": c.split, "BLOCK": REDUCE_BLOCK,
+                     "BS": min(REDUCE_SHARES, power_of_two(c.split))}  # fmt: skip
         launches.append(Launch(sum_shares_kernel, (cdiv(size, REDUCE_BLOCK),), arguments))
     return Job(tuple(launches), gradient)
 
 
-def wgrad(low: Tensor, high: Tensor, precision: str = "ieee", config: WgradConfig | None = None) -> Tensor:
+def wgrad(
+    low: Tensor, high: Tensor, precision: str = "ieee", config: WgradConfig | None = None, out: Tensor | None = None
+) -> Tensor:
     """Weight gradient of a k4 s2 p1 convolution or transposed convolution.
 
     Args:
         low: (N, H, W, L): a convolution's output gradient, or a transposed convolution's input.
         high: (N, 2H, 2W, C) of low's dtype: a convolution's input, or a transposed convolution's output gradient.
         precision, config: as for `conv`.
+        out: where the result goes; a new tensor where None.
 
     Returns:
         (L, 4, 4, C) float32, the packed weight's layout; permuted by (0, 3, 1, 2) it is the parameter's gradient, of
@@ -144,4 +166,4 @@ def wgrad(low: Tensor, high: Tensor, precision: str = "ieee", config: WgradConfi
     Raises:
         ValueError: a shape, dtype, layout or configuration that does not fit, by name.
     """
-    return prepare_wgrad(low, high, precision, config).run()
+    return prepare_wgrad(low, high, precision, config, out=out).run()

@@ -1,0 +1,159 @@
+"""The launchers of each backend, by name: the kernels of a step, with the same signatures and results everywhere.
+
+`conv`, `conv_transpose`, `wgrad`; `statistics`, `merge_statistics`, `apply`, `activation_grad`, `merge_sums`,
+`apply_grad`; `head`, `head_grad`, `gan_loss`; `adam_table`, `adam`; `gather`. `kernels._triton` says what each does.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from torch import Tensor
+
+from kernels import reference, tuning
+from kernels.library import Products
+
+GEMMS = ("conv", "conv_transpose", "wgrad")
+
+
+@functools.cache
+def launchers(backend: str) -> ModuleType | SimpleNamespace:
+    """A backend's launchers.
+
+    Args:
+        backend: `eager`, the reference twins; `triton`, its products on tuned tiles where the device has any; `cuda`,
+            the extension's, and Triton's where it has none; `library`, the library's products and Triton's kernels
+            around them; `auto`, for each product what the device's table has as fastest for its shape, else Triton's.
+    """
+    if backend == "eager":
+        return reference
+    triton = _triton()
+    library = Products(triton)
+    recipes: dict[str, dict[str, Callable]] = {
+        "triton": {name: getattr(triton, name) for name in GEMMS},
+        "library": {name: getattr(library, name) for name in GEMMS},
+    }
+    if backend == "library":
+        return _namespace(triton, recipes["library"])
+    if backend == "triton":
+        return _namespace(triton, {name: _tiled(name, recipes) for name in GEMMS})
+    if backend == "cuda":
+        return _namespace(launchers("triton"), _cuda(launchers("triton")))
+    if _cuda_missing() is None:
+        recipes["cuda"] = _cuda(triton)
+    return _namespace(triton, {name: _tiled(name, recipes, tuple(recipes)) for name in GEMMS})
+
+
+def _namespace(base: SimpleNamespace, changes: dict[str, Callable]) -> SimpleNamespace:
+    return SimpleNamespace(**(vars(base) | changes))
+
+
+def _triton() -> SimpleNamespace:
+    from kernels._triton import adam, batch_norm, batch_norm_grad, conv, conv_transpose, gather, head, wgrad
+
+    return SimpleNamespace(
+        conv=conv.conv,
+        conv_transpose=conv_transpose.conv_transpose,
+        wgrad=wgrad.wgrad,
+        statistics=batch_norm.statistics,
+        merge_statistics=batch_norm.merge_statistics,
+        apply=batch_norm.apply,
+        activation_grad=batch_norm_grad.activation_grad,
+        merge_sums=batch_norm_grad.merge_sums,
+        apply_grad=batch_norm_grad.apply_grad,
+        head=head.head,
+        head_grad=head.head_grad,
+        gan_loss=head.gan_loss,
+        adam_table=adam.adam_table,
+        adam=adam.adam,
+        gather=gather.gather,
+    )
+
+
+def _cuda_missing() -> str | None:
+    from kernels import _cuda
+
+    return _cuda.available()
+
+
+def _cuda(triton: SimpleNamespace) -> dict[str, Callable]:
+    """The extension's launchers, its products with Triton's behind them, for the calls that it leaves to others."""
+    from kernels._cuda import adam, batch_norm, conv, head
+
+    found = {
+        name: _with_out(getattr(module, name))
+        for module in (conv, batch_norm, head, adam)
+        for name in vars(triton)
+        if hasattr(module, name)
+    }
+    return found | {name: _where_served(name, found[name], getattr(triton, name), conv.missing) for name in GEMMS}
+
+
+def _where_served(kernel: str, launch: Callable, instead: Callable, missing: Callable[..., str | None]) -> Callable:
+    """A product by the extension where it has a kernel for the call, else by `instead`."""
+
+    named = _options(instead)
+
+    @functools.wraps(instead)
+    def product(first: Tensor, second: Tensor, *arguments: Any, **options: Any) -> Any:
+        options |= zip(named, arguments, strict=False)
+        run = instead if missing(kernel, first, second, options.get("epilogue")) else launch
+        return run(first, second, **options)
+
+    return product
+
+
+def _with_out(launch: Callable) -> Callable:
+    """A launcher that takes `out`, the first results' places, by a copy where it does not by itself."""
+    if "out" in inspect.signature(launch).parameters:
+        return launch
+
+    @functools.wraps(launch)
+    def copying(*arguments: Any, out: Tensor | tuple[Tensor, ...] | None = None, **options: Any) -> Any:
+        result = launch(*arguments, **options)
+        if out is None:
+            return result
+        if isinstance(result, Tensor):
+            return out.copy_(result)
+        places = out if isinstance(out, tuple) else (out,)
+        filled = [place.copy_(part) for place, part in zip(places, result, strict=False)]
+        return *filled, *result[len(filled) :]
+
+    return copying
+
+
+def _options(launch: Callable) -> list[str]:
+    """The names of a product's arguments behind its two tensors."""
+    return list(inspect.signature(launch).parameters)[2:]
+
+
+def _tiled(kernel: str, recipes: dict[str, dict[str, Callable]], allowed: tuple[str, ...] = ("triton",)) -> Callable:
+    """A product's launcher that looks its shape up in the device's table first."""
+    default = recipes["triton"][kernel]
+    named = _options(default)
+
+    @functools.wraps(default)
+    def launch(first: Tensor, second: Tensor, *arguments: Any, **options: Any) -> Any:
+        options |= zip(named, arguments, strict=False)
+        entry = None if options.get("config") else _entry(kernel, first, second, options)
+        if entry is None or entry.recipe not in allowed:
+            return default(first, second, **options)
+        if entry.recipe == "triton":
+            options["config"] = entry.tile
+        else:
+            options.pop("config", None)
+        return recipes[entry.recipe][kernel](first, second, **options)
+
+    return launch
+
+
+def _entry(kernel: str, first: Tensor, second: Tensor, options: dict[str, Any]) -> tuning.Entry | None:
+    """What the table has for a product of NHWC maps and a packed weight."""
+    name = tuning.device_name(first.device)
+    if name is None:
+        return None
+    out = second.shape[0] if kernel == "conv" else second.shape[3]
+    precision = tuning.precision_of(first.dtype, options.get("precision") == "tf32")
+    return tuning.tile(name, kernel, (first.shape[3], out, first.shape[1]), precision, first.shape[0])

@@ -1,0 +1,87 @@
+"""The three products by PyTorch's library (cuDNN, oneDNN), as launchers: the convolution theirs, what follows it ours.
+
+The recipe `library` of a tuned table. Layouts and results are those of the launchers in `kernels._triton`; what their
+epilogues do in registers is a pass over the output here, by the launchers that the products are made `around`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import reference
+from kernels.geometry import Epilogue, Partials
+
+
+@contextmanager
+def arithmetic(dtype: torch.dtype, precision: str) -> Iterator[None]:
+    """Float32 convolutions in the launchers' `precision`, whatever PyTorch's own switch says."""
+    before = torch.backends.cudnn.allow_tf32
+    if dtype == torch.float32:
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def nchw(t: Tensor) -> Tensor:
+    return t.permute(0, 3, 1, 2)
+
+
+def nhwc(t: Tensor) -> Tensor:
+    return t.permute(0, 2, 3, 1).contiguous()
+
+
+class Products:
+    """`conv`, `conv_transpose` and `wgrad`; `launch` has `statistics` and `activation_grad`."""
+
+    def __init__(self, launch: ModuleType | SimpleNamespace):
+        self.launch = launch
+
+    def finish(self, y: Tensor, e: Epilogue) -> tuple[Tensor, Partials | Tensor | None]:
+        """The epilogue of a raw output y (N, H, W, C); its partials, or what `merge` makes of them."""
+        if e.mode == "statistics":
+            partials = self.launch.statistics(y, e.groups)
+            return y, partials if e.merge is None else self.launch.merge_statistics(partials, *e.merge)
+        if e.mode != "batch_norm_grad":
+            return reference.finish(y, e)
+        g, partials = self.launch.activation_grad(y, e.saved, e.state, e.activation, e.slope)
+        if e.merge is None:
+            return g, partials
+        out = None if e.merge.weight is None else (e.merge.weight, e.merge.bias)
+        return g, self.launch.merge_sums(partials, y[..., 0].numel() // e.groups, out)[2]
+
+    def conv(
+        self, x: Tensor, weight: Tensor, epilogue: Epilogue | None = None, precision: str = "ieee"
+    ) -> tuple[Tensor, Partials | Tensor | None]:
+        """Convolution k4 s2 p1 of x (N, 2H, 2W, C) by weight (O, 4, 4, C): (N, H, W, O), and the epilogue."""
+        with arithmetic(x.dtype, precision):
+            y = F.conv2d(nchw(x), nchw(weight), stride=2, padding=1)
+        return self.finish(nhwc(y), epilogue or Epilogue())
+
+    def conv_transpose(
+        self, x: Tensor, weight: Tensor, epilogue: Epilogue | None = None, precision: str = "ieee",
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, Partials | Tensor | None]:  # fmt: skip
+        """The transposed one of x (N, H, W, C) by weight (C, 4, 4, O): (N, 2H, 2W, O), and the epilogue."""
+        with arithmetic(x.dtype, precision):
+            y = F.conv_transpose2d(nchw(x), nchw(weight), stride=2, padding=1)
+        y, partials = self.finish(nhwc(y), epilogue or Epilogue())
+        return y if out is None else out.copy_(y), partials
+
+    def wgrad(self, low: Tensor, high: Tensor, precision: str = "ieee", out: Tensor | None = None) -> Tensor:
+        """Weight gradient (L, 4, 4, C) float32 from low (N, H, W, L) and high (N, 2H, 2W, C), in whose type it is
+        rounded by the library."""
+        shape = high.new_empty(()).expand(low.shape[3], high.shape[3], 4, 4)  # the library reads its shape alone
+        with arithmetic(low.dtype, precision):
+            _, gradient, _ = torch.ops.aten.convolution_backward(
+                nchw(low), nchw(high), shape, None, [2, 2], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
+            )
+        gradient = gradient.permute(0, 2, 3, 1)
+        if out is not None:
+            return out.copy_(gradient)
+        return gradient.to(torch.promote_types(low.dtype, torch.float32)).contiguous()

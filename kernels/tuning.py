@@ -1,0 +1,252 @@
+"""The tuned table of a device: which recipe and which tile was measured as fastest for a shape; nothing is timed here.
+
+`bench.tune` writes `kernels/tuned/<device>.json`:
+
+    {"device": "NVIDIA H200", "record": "bench/results/…", "torch": …, "triton": …, "kernels_hash": …,
+     "ops":   {"conv_bn_act": {"64x128@32": {"bf16": {"128": "triton", "1024": "library"}}}},
+     "tiles": {"conv": {"64x128@32": {"bf16": {"256": {"recipe": "triton", "tile": {…}, "us": …}}}}}}
+
+"ops" has the public ops, by layer (IN x OUT @ IN_SIZE; `any` for an op without one), precision and images; "tiles" the
+kernels conv, conv_transpose and wgrad, by their own channels and input size (wgrad: LOW x HIGH @ low size). A lookup
+takes the nearest measured shape: the layer itself or one of at most `NEAR` times its channels and size, and of that the
+nearest number of images, at most `NEAR_IMAGES` times as many or as few. A file that is no such table, or another
+device's, is warned of once and not used.
+"""
+
+import functools
+import json
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from kernels._triton.config import ConvConfig, WgradConfig, tma_fits
+
+FOLDER = Path(__file__).parent / "tuned"
+RECIPES = ("triton", "cuda", "library", "eager")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+CONFIGS = {"conv": ConvConfig, "conv_transpose": ConvConfig, "wgrad": WgradConfig}
+NEAR = 2.0
+NEAR_IMAGES = 4.0
+MOST = {"warps": 32, "stages": 16, "split": 4096}
+MOST_OF_A_TILE = 1024
+"""What a tile may say, so that a corrupt one is found here and not by a compiler: for all else `MOST_OF_A_TILE`."""
+
+Shape = tuple[int, ...]
+"""Channels in, channels out, size; empty for an op without a layer."""
+
+
+class Entry(NamedTuple):
+    """One measured choice; `tile` is None where the recipe has none, and always for an op."""
+
+    shape: Shape
+    images: int
+    recipe: str
+    tile: ConvConfig | WgradConfig | None = None
+
+    def __str__(self) -> str:
+        layer = f"{self.shape[0]}x{self.shape[1]}@{self.shape[2]}, " if self.shape else ""
+        return f"{layer}{self.images} images"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A device's table: entries by (op or kernel, precision)."""
+
+    ops: dict[tuple[str, str], tuple[Entry, ...]]
+    tiles: dict[tuple[str, str], tuple[Entry, ...]]
+
+
+class Found(NamedTuple):
+    """What a lookup came to: the entry, None where there is none, and why."""
+
+    entry: Entry | None
+    why: str
+
+
+def precision_of(dtype: torch.dtype, tf32: bool) -> str:
+    """The table's name for a type; `tf32` says whether float32 products may use the tensor cores.
+
+    Raises:
+        KeyError: a type that no table has.
+    """
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "tf32" if tf32 else "fp32"}
+    return names[dtype]
+
+
+@functools.cache
+def device_name(device: torch.device) -> str | None:
+    """The name that a table goes by; None for what is no GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
+
+
+def slug(name: str) -> str:
+    """A device's name in a file's: `nvidia-h200`."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+@functools.cache
+def load(name: str) -> tuple[Table | None, str]:
+    """The table of the device called `name`, or None and why; read once. A file that cannot be used is warned of."""
+    path = FOLDER / f"{slug(name)}.json"
+    if not path.exists():
+        return None, f"no tuned table for {name}"
+    try:
+        return parse(json.loads(path.read_text(encoding="utf-8")), name), ""
+    except (OSError, ValueError, RecursionError) as error:
+        why = f"the tuned table {path.name} cannot be used: {error}"
+        warnings.warn(f"{why}; the defaults are", RuntimeWarning, stacklevel=3)
+        return None, why
+
+
+def parse(data: Any, name: str) -> Table:
+    """A table from what its file says.
+
+    Raises:
+        ValueError: it is none, or not of the device called `name`; the message says where.
+    """
+    if not isinstance(data, dict) or data.get("device") != name:
+        device = data.get("device") if isinstance(data, dict) else None
+        raise ValueError(f"its device is {device!r}: expected {name!r}")
+    return Table(
+        _entries(data.get("ops", {}), lambda where, op, value: (_recipe(where, value), None)),
+        _entries(data.get("tiles", {}), _tiled),
+    )
+
+
+def _entries(
+    section: Any, read: Callable[[str, str, Any], tuple[str, Any]]
+) -> dict[tuple[str, str], tuple[Entry, ...]]:
+    found: dict[tuple[str, str], list[Entry]] = {}
+    for (name, key, precision, images), value in _leaves(section, 4):
+        where = f"{name}/{key}/{precision}/{images}"
+        shape = () if key == "any" else tuple(map(int, re.split("[x@]", _matched(where, r"\d+x\d+@\d+", key))))
+        if 0 in shape or precision not in PRECISIONS:
+            raise ValueError(f"{where}: no layer of {PRECISIONS}")
+        count = int(_matched(where, "[1-9][0-9]{0,8}", images))
+        found.setdefault((name, precision), []).append(Entry(shape, count, *read(where, name, value)))
+    return {key: tuple(entries) for key, entries in found.items()}
+
+
+def _leaves(section: Any, depth: int, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """What lies `depth` levels of dicts deep, and the way there."""
+    if depth == 0:
+        yield path, section
+        return
+    if not isinstance(section, dict):
+        raise ValueError(f"{'/'.join(path) or 'a section'} is {type(section).__name__}: expected an object")
+    for key, value in section.items():
+        yield from _leaves(value, depth - 1, (*path, key))
+
+
+def _matched(where: str, pattern: str, text: str) -> str:
+    if not re.fullmatch(pattern, text):
+        raise ValueError(f"{where}: {text!r} is not of the form {pattern}")
+    return text
+
+
+def _recipe(where: str, value: Any) -> str:
+    if value not in RECIPES:
+        raise ValueError(f"{where}: recipe is {value!r}, accepted are {', '.join(RECIPES)}")
+    return value
+
+
+def _tiled(where: str, kernel: str, value: Any) -> tuple[str, ConvConfig | WgradConfig | None]:
+    """A kernel's recipe, and its tile where the recipe is Triton's."""
+    if kernel not in CONFIGS or not isinstance(value, dict):
+        raise ValueError(f"{where}: no kernel of {', '.join(CONFIGS)} with a recipe")
+    recipe = _recipe(where, value.get("recipe"))
+    if recipe != "triton":
+        return recipe, None
+    tile, kind = value.get("tile"), CONFIGS[kernel]
+    names = {field.name for field in fields(kind)}
+    if not isinstance(tile, dict) or set(tile) != names:
+        raise ValueError(f"{where}: tile is {tile!r}, expected {', '.join(sorted(names))}")
+    for field, size in tile.items():
+        if field == "tma":
+            fine = isinstance(size, bool)
+        else:
+            fine = type(size) is int and 0 < size <= MOST.get(field, MOST_OF_A_TILE)
+            fine = fine and (field in ("stages", "split") or size & (size - 1) == 0)
+        if not fine:
+            raise ValueError(f"{where}: {field} is {size!r}")
+    return recipe, kind(**tile)
+
+
+def nearest(
+    entries: tuple[Entry, ...], shape: Shape, images: int | None, fits: Callable[[Entry], bool] = lambda entry: True
+) -> Entry | None:
+    """The entry measured nearest to a shape: by its layer first, then by its images; None where none is near or fits.
+
+    Distances are of logarithms: twice as large is as far as half as large. `images` None is as near to all.
+    """
+
+    def apart(entry: Entry) -> tuple[float, float]:
+        return (
+            sum(abs(math.log2(theirs / ours)) for theirs, ours in zip(entry.shape, shape, strict=True)),
+            0.0 if images is None else abs(math.log2(entry.images / images)),
+        )
+
+    near = [
+        entry
+        for entry in entries
+        if len(entry.shape) == len(shape)
+        and all(1 / NEAR <= theirs / ours <= NEAR for theirs, ours in zip(entry.shape, shape, strict=True))
+        and (images is None or 1 / NEAR_IMAGES <= entry.images / images <= NEAR_IMAGES)
+        and fits(entry)
+    ]
+    return min(near, key=apart, default=None)
+
+
+@functools.lru_cache(maxsize=4096)
+def recipe(name: str, op: str, shape: Shape, precision: str, images: int | None) -> Found:
+    """What the device called `name` runs a public op by."""
+    table, why = load(name)
+    if table is None:
+        return Found(None, why)
+    entry = nearest(table.ops.get((op, precision), ()), shape, images)
+    if entry is None:
+        size = "" if images is None else f" of {images} images"
+        layer = f" on {shape[0]}x{shape[1]}@{shape[2]}" if shape else ""
+        return Found(None, f"the tuned table has no {op} in {precision}{layer}{size} or near it")
+    same = entry.shape == shape and images in (None, entry.images)
+    return Found(entry, "fastest in the tuned table" + ("" if same else f" (at {entry})"))
+
+
+@functools.lru_cache(maxsize=4096)
+def tile(name: str, kernel: str, shape: Shape, precision: str, images: int) -> Entry | None:
+    """What was fastest for a kernel on the device called `name`: its recipe, and a tile that fits; None if unknown."""
+    table, _ = load(name)
+    if table is None:
+        return None
+    itemsize = 4 if precision in ("fp32", "tf32") else 2
+
+    def fits(entry: Entry) -> bool:
+        if entry.tile is None or not entry.tile.tma:
+            return True
+        whole = kernel != "conv" or shape[0] % entry.tile.depth == 0
+        return whole and tma_fits(shape[:1] if kernel == "conv" else shape[:2], itemsize)
+
+    return nearest(table.tiles.get((kernel, precision), ()), shape, images, fits)
+
+
+def explain(name: str, kernel: str, shape: Shape, precision: str, images: int) -> tuple[str, str]:
+    """The recipe that was fastest for a kernel on the device called `name`, `triton` where unknown, and which tile."""
+    table, why = load(name)
+    if table is None:
+        return "triton", f"the default tile: {why}"
+    entry = tile(name, kernel, shape, precision, images)
+    if entry is None:
+        return "triton", "the default tile: the tuned table has nothing near"
+    return entry.recipe, f"fastest at {entry}"
+
+
+def forget() -> None:
+    """Read the tables again at the next lookup, after one was written."""
+    for cached in (device_name, load, recipe, tile):
+        cached.cache_clear()

@@ -1,0 +1,85 @@
+"""Wrong input of the convolution ops, and backends that cannot run: an error that names argument and reason."""
+
+import pytest
+import torch
+
+import kernels
+from kernels.dispatch import BackendError, select, use_backend
+from kernels.geometry import Layer
+
+
+def call(kind="conv", bn=True, **changes):
+    arguments = {"x": torch.randn(2, 3, 8, 8), "weight": torch.randn(*((4, 3) if kind == "conv" else (3, 4)), 4, 4)}
+    if bn:
+        arguments |= {"bn_weight": torch.rand(4), "bn_bias": torch.randn(4)}
+        arguments |= {"running_mean": torch.zeros(4), "running_var": torch.ones(4)}
+        arguments |= {"num_batches_tracked": torch.tensor(0)}
+    arguments |= changes
+    return getattr(kernels, f"{kind}_bn_act" if bn else f"{kind}_act")(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"x": torch.randn(2, 3, 8)}, "x has shape (2, 3, 8)"),
+        ({"x": torch.randn(0, 3, 8, 8)}, "x has shape (0, 3, 8, 8): it must not be empty"),
+        ({"x": torch.randn(2, 5, 8, 8)}, "x has 5 channels"),
+        ({"x": torch.randn(2, 3, 8, 6)}, "square images"),
+        ({"x": torch.zeros(2, 3, 8, 8, dtype=torch.int32)}, "x is torch.int32"),
+        ({"x": torch.randn(2, 3, 8, 8, device="meta")}, "weight is on cpu, x on meta"),
+        ({"weight": torch.randn(4, 3, 4, 3)}, "square kernels"),
+        ({"weight": torch.randn(4, 3, 4)}, "weight has shape (4, 3, 4)"),
+        ({"weight": torch.ones(4, 3, 4, 4, dtype=torch.int64)}, "weight is torch.int64"),
+        ({"weight": torch.randn(4, 3, 9, 9), "padding": 0}, "smaller than the kernel of 9"),
+        ({"weight": torch.randn(0, 3, 4, 4)}, "weight has shape (0, 3, 4, 4): it must not be empty"),
+        ({"bn_weight": torch.randn(5)}, "bn_weight is (5,)"),
+        ({"bn_bias": torch.randn(4, device="meta")}, "bn_bias is (4,) on meta: expected (4,) on cpu"),
+        ({"bn_bias": torch.randn(4).half()}, "bn_bias is torch.float16, bn_weight torch.float32"),
+        ({"running_var": torch.ones(4, dtype=torch.int64)}, "running_var is torch.int64"),
+        ({"x": torch.randn(2, 3, 8, 8).double()}, "bn_weight is torch.float32: with an x of torch.float64"),
+        (
+            {name: torch.ones(4).half() for name in ("bn_weight", "bn_bias", "running_mean", "running_var")},
+            "bn_weight is torch.float16: with an x of torch.float32 expected torch.float32",
+        ),
+        ({"num_batches_tracked": torch.zeros(())}, "num_batches_tracked is torch.float32"),
+        ({"num_batches_tracked": torch.zeros(1, dtype=torch.int64)}, "num_batches_tracked is torch.int64 (1,)"),
+        ({"running_mean": None}, "running_mean and running_var"),
+        ({"running_mean": None, "running_var": None, "training": False}, "running_mean is None"),
+        ({"negative_slope": -0.1}, "negative_slope is -0.1"),
+        ({"negative_slope": 1.5}, "negative_slope is 1.5"),
+        ({"activation": "gelu"}, "activation is 'gelu'"),
+        ({"activation": "tanh"}, "activation is 'tanh'"),
+        ({"groups": 3}, "groups is 3"),
+        ({"groups": 0}, "groups is 0"),
+        ({"stride": 0}, "stride is 0"),
+        ({"padding": -1}, "padding is -1"),
+        ({"backend": "metal"}, "backend is 'metal'"),
+    ],
+)
+def test_wrong_input_names_the_argument(changes, said):
+    with pytest.raises((ValueError, TypeError)) as error:
+        call(**changes)
+    assert said in str(error.value)
+
+
+def test_one_value_a_channel_is_refused_as_batch_norm_refuses_it():
+    with pytest.raises(ValueError, match="1 value a channel"):
+        call(x=torch.randn(2, 3, 2, 2), groups=2)
+
+
+LAYER = Layer("L", "conv", 3, 4, 8, 4, 2, 1, True, "relu")
+
+
+def test_a_backend_by_name_that_cannot_run_raises_with_the_cause(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for backend, cause in (("triton", "need a CUDA device"), ("cuda", "not built")):
+        with pytest.raises(BackendError, match=cause):
+            call(backend=backend)
+        with use_backend(backend), pytest.raises(BackendError, match=cause):
+            call()
+    call()
+
+
+def test_auto_is_eager_on_a_cpu_without_a_warning(recwarn):
+    assert select("conv_act", LAYER, torch.device("cpu"), torch.float32) == ("eager", "the tensor is on cpu")
+    assert not recwarn.list
