@@ -20,6 +20,7 @@ class Average:
     def __init__(self, model: nn.Module, decay: float):
         self.model, self.decay, self.count = model, decay, 0
         self.module = copy.deepcopy(model).requires_grad_(False)
+        self.module.zero_grad(set_to_none=True)  # the model's were copied too
 
     @torch.no_grad()
     def update(self) -> None:

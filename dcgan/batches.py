@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dcgan.streaming import Ring, send
 from kernels.dispatch import why_not
-from kernels.engine import launchers
+from kernels.launchers import launchers
 
 RESIDENT_FRACTION = 0.25  # of the device's free memory: what a data set may take to live there as uint8
 

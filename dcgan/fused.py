@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dcgan import cpu_stacks, stacks
 from dcgan.step import AUTOCAST_DTYPE, Precision, Update
-from kernels import engine
+from kernels.launchers import launchers
 from kernels.pool import Pool
 
 FIRST_SCALE = 2.0**16
@@ -34,8 +34,8 @@ class FusedStep:
         precision: `fp32` computes in the parameters' own type; `bf16` and `fp16` keep maps and matrix products in 16
             bits with float32 sums, fp16 with a loss scale that lives on the device; parameters, gradients, statistics
             and losses stay as they are. `tf32` and `fp16` need a GPU.
-        launch: the launchers that the stacks run over, of `kernels.engine.launchers`; where None those of Triton on a
-            GPU, and on a CPU the products of `kernels.products`.
+        launch: the launchers that the stacks run over, of `kernels.launchers`; where None `auto`'s on a GPU, and on a
+            CPU the products of `kernels.products`.
 
     Raises:
         ValueError: a precision, an update or an option of the optimiser that is not served.
@@ -68,7 +68,7 @@ class FusedStep:
         else:
             if precision == "fp16":
                 self.loss_scale = torch.tensor([FIRST_SCALE, 0.0, 0.0], device=device)
-            parts = (launch or engine.launchers("triton"), self.dtype, precision, self.loss_scale)
+            parts = (launch or launchers("auto"), self.dtype, precision, self.loss_scale)
             self.generator = stacks.Generator(generator, optimizer_g, *parts)
             self.discriminator = stacks.Discriminator(discriminator, optimizer_d, *parts)
 

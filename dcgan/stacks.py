@@ -92,13 +92,11 @@ class Stack:
         ]
 
     def backends(self) -> list[dict[str, str]]:
-        """What runs each layer, and why."""
+        """What runs each layer, and why; each product's tile is `python -m dcgan.doctor`'s to say."""
         name = "eager" if self.launch is reference else "triton"
-        ends = {self.stages[0].layer.name: "the library's matrix product"} if self.arch.generator is self.layers else {}
-        return [
-            {"layer": layer.name, "backend": name, "why": ends.get(layer.name, "the stack's own launcher")}
-            for layer in self.layers
-        ]
+        product = {"backend": "library", "why": "a plain matrix product; its batch norm is the stack's"}
+        stack = {"backend": name, "why": "the stack's launchers, tuned where the device has a table"}
+        return [{"layer": layer.name} | (product if layer.in_size == 1 else stack) for layer in self.layers]
 
     def refresh(self) -> bool:
         """Take over what changed outside; True where tensors moved."""

@@ -167,11 +167,15 @@ def resolve_resumed(flags: dict, run: Path) -> tuple[Config, ImageSet]:
 
 def apply_globally(config: Config) -> None:
     """Switches of torch that hold for the whole process."""
+    device = torch.device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
     torch.backends.cudnn.benchmark = not config.deterministic
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # our kernels write all that they return
 
 
 def describe(config: Config, images: ImageSet, trainer: Trainer) -> dict:

@@ -52,7 +52,7 @@ def gan_loss(logits: Tensor, real: Sequence[bool], *, backend: str | None = None
     if backend != "eager":
         means = Loss.apply(logits, real, backend)
         return GanLoss(means[0], means[1].detach())
-    parts = logits.view(len(real), -1) if logits.is_contiguous() else logits.reshape(len(real), -1)
+    parts = logits.reshape(len(real), -1)
     parts = parts if parts.dtype == torch.float64 else parts.float()
     losses = [-F.logsigmoid(part if is_real else -part).mean() for part, is_real in zip(parts, real, strict=True)]
     return GanLoss(torch.stack(losses), parts.detach().sigmoid().mean(1))

@@ -10,8 +10,9 @@ from dcgan.arch import Arch
 from dcgan.fused import FusedStep
 from dcgan.model import Discriminator, Generator
 from dcgan.step import ReferenceStep, adam
-from kernels import eager, engine, products
+from kernels import eager, products
 from kernels.geometry import Layer
+from kernels.launchers import launchers
 from kernels.pool import Pool
 from kernels.tiles import TiledProduct
 
@@ -37,7 +38,7 @@ def way(request, monkeypatch) -> str:
 
 
 def options(way: str) -> dict:
-    return {"launch": engine.launchers("eager")} if way == "launchers" else {}
+    return {"launch": launchers("eager")} if way == "launchers" else {}
 
 
 class Pair:
@@ -185,6 +186,56 @@ def test_gradient_at_exactly_zero():
         eager.leaky_relu(zero, slope, y)
         eager.leaky_relu_backward(grad, y, slope, found)
         assert found.item() == x.grad.item() == pytest.approx(slope)
+
+
+def test_the_launchers_take_over_what_changes_outside():
+    """Weights changed in place, other tensors in their place, an optimiser's state loaded, a step left out."""
+    pair = Pair(CASES["start 4, RGB"][0], **options("launchers"))
+    changes = [
+        lambda g, step: None,
+        lambda g, step: g.main[0].weight.data.mul_(1.5),
+        lambda g, step: [setattr(p, "data", p.data.clone()) for p in g.parameters()],
+        lambda g, step: step.optimizer_g.load_state_dict(copy.deepcopy(step.optimizer_g.state_dict())),
+        lambda g, step: [entry["exp_avg"].zero_() for entry in step.optimizer_g.state.values()],
+        lambda g, step: step.optimizer_g.state.clear(),
+        lambda g, step: None,
+    ]
+    for change in changes:
+        for (g, _), step in zip(pair.models, pair.steps, strict=True):
+            change(g, step)
+        real, z = pair.batch(3)
+        torch.testing.assert_close(pair.fused(real, z)[:2], pair.reference(real, z)[:2], rtol=0, atol=1e-10)
+    for theirs, ours in zip(pair.models[0][0].parameters(), pair.models[1][0].parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+def test_packed_weights_follow_the_parameters():
+    pair = Pair(CASES["start 4, RGB"][0], dtype=torch.float32, precision="bf16", **options("launchers"))
+    (g, _), stack = pair.models[1], pair.fused.generator
+    assert not pair.fused.refresh()
+    with torch.no_grad():
+        g.main[3].weight.add_(1)
+    pair.fused.refresh()
+    assert torch.equal(stack.stages[1].weight, g.main[3].weight.detach().permute(0, 2, 3, 1).bfloat16())
+    g.main[3].weight.data = torch.ones_like(g.main[3].weight)
+    assert pair.fused.refresh() and (stack.stages[1].weight == 1).all()
+    assert stack.stages[1].grad.data_ptr() == g.main[3].weight.grad.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda o: o.param_groups[0].update(weight_decay=0.1), "weight_decay=0.1"),
+        (lambda o: o.param_groups[0].update(amsgrad=True), "amsgrad=True"),
+        (lambda o: o.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]}), "2 groups"),
+    ],
+)
+def test_refuses_an_optimiser_that_the_update_cannot_be(change, said):
+    models = Generator(CASES["batch 1"][0]), Discriminator(CASES["batch 1"][0])
+    optimizers = [adam(model) for model in models]
+    change(optimizers[1])
+    with pytest.raises(ValueError, match=said):
+        FusedStep(*models, *optimizers, **options("launchers"))
 
 
 REFUSED = [

@@ -16,7 +16,7 @@ from dcgan.arch import Arch
 from dcgan.fused import FusedStep
 from dcgan.model import Discriminator, Generator
 from dcgan.step import ReferenceStep, adam
-from kernels import engine
+from kernels.launchers import launchers
 
 only_interpreted()
 
@@ -48,7 +48,7 @@ def batch(arch, images, data):
 
 def steps_of(arch, update, precision="fp32"):
     fused, exact = networks(arch), [model.double() for model in networks(arch)]
-    ours = FusedStep(*fused, *map(adam, fused), update, precision, launch=engine.launchers("triton"))
+    ours = FusedStep(*fused, *map(adam, fused), update, precision, launch=launchers("triton"))
     return fused, exact, ours, ReferenceStep(*exact, *map(adam, exact), update)
 
 
@@ -123,7 +123,7 @@ class Count(TorchDispatchMode):
 def nodes(arch, monkeypatch):
     """Kernels of a captured bf16 step by name, Triton's and the library's, counted without running Triton's."""
     models = networks(arch)
-    ours = FusedStep(*models, *map(adam, models), precision="bf16", launch=engine.launchers("triton"))
+    ours = FusedStep(*models, *map(adam, models), precision="bf16", launch=launchers("triton"))
     real, z = batch(arch, 4, torch.Generator())
     ours.refresh()
     names = []

@@ -147,7 +147,9 @@ class Graphed:
     """
 
     def __init__(self, step: Callable, networks: tuple, optimizers: tuple, real: Tensor, z: Tensor):
-        self.real, self.z, self.graph = real.clone(), z.clone(), torch.cuda.CUDAGraph()
+        room = step.room(len(real)) if isinstance(step, FusedStep) else None
+        self.real, self.z = real.clone() if room is None else room.copy_(real), z.clone()
+        self.graph = torch.cuda.CUDAGraph()
         before = [{name: value.clone() for name, value in network.state_dict().items()} for network in networks]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -165,6 +167,8 @@ class Graphed:
             for state in optimizer.state.values():
                 for value in state.values():
                     value.zero_()
+        if isinstance(step, FusedStep):
+            step.refresh()  # its 16-bit copies are of the weights as the warm-up left them
 
     def __call__(self, real: Tensor, z: Tensor) -> Tensor:
         self.real.copy_(real)
