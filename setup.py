@@ -1,5 +1,157 @@
-"""The build: metadata lives in pyproject.toml; the CUDA extension joins here once `csrc/` has sources."""
+"""The build of the CUDA extension; metadata lives in pyproject.toml.
 
-from setuptools import setup
+DCGAN_BUILD_CUDA: `auto` (the default) builds kernels._C where nvcc and a CUDA build of torch are, and otherwise, or
+where the build fails, goes on without; `1` needs nvcc alone, and fails where it cannot build; `0` never builds.
+TORCH_CUDA_ARCH_LIST: GPUs to build for, as for any extension of torch. MAX_JOBS: compilers at a time.
 
-setup()
+torch's headers are needed, so pip must let the build see the installed torch: `pip install --no-build-isolation -e .`.
+The extension uses LibTorch's stable ABI and no Python.h: one file serves every torch from 2.11 and every Python.
+torch.utils.cpp_extension is not used, because it refuses to compile CUDA where torch itself has none.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+CSRC = Path("csrc")
+ARCHES = "8.0 8.6 8.9 9.0a 10.0+PTX"
+FLAGS = [
+    "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",  # torch 2.11
+]  # fmt: skip
+
+
+def find_nvcc() -> str | None:
+    """nvcc of CUDA_HOME, of PATH, or of where CUDA installs itself."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    found = [Path(home) / "bin" / "nvcc" for home in homes[:2] if home]
+    found += [Path(path) for path in [shutil.which("nvcc")] if path]
+    found.append(Path(homes[2]) / "bin" / "nvcc")
+    return next((str(path) for path in found if path.exists()), None)
+
+
+def arch_flags(arches: str) -> list[str]:
+    """nvcc's flags for a TORCH_CUDA_ARCH_LIST such as `8.0;9.0a+PTX`: machine code each, and PTX where asked for."""
+    flags = []
+    for arch in arches.replace(";", " ").split():
+        number = arch.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def commands(nvcc: str, torch: Path, objects: Path, target: Path) -> list[tuple[Path, list[str], list[Path]]]:
+    """Each output with the command that makes it and what it is made from; the last is the library."""
+    arch = arch_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHES)
+    headers = sorted(CSRC.glob("*.h"))
+    steps = []
+    for source in sorted([*CSRC.glob("*.cu"), *CSRC.glob("*.cpp")]):
+        out = objects / f"{source.name}.o"
+        compile_ = [nvcc, *FLAGS, *(arch if source.suffix == ".cu" else []), f"-isystem={torch}/include"]
+        steps.append((out, [*compile_, "-c", str(source), "-o", str(out)], [source, *headers, Path("setup.py")]))
+    made = [out for out, _, _ in steps]
+    # cudart is linked in, so that the library loads with any torch; no rpath, since torch is there before it
+    names = [name for name in ("torch", "torch_cpu", "torch_cuda") if (torch / "lib" / f"lib{name}.so").exists()]
+    libraries = ["-Xlinker=--no-as-needed", f"-L{torch}/lib", *(f"-l{name}" for name in names)]
+    link = [nvcc, "-shared", "-cudart=static", *map(str, made), *libraries, "-o", str(target)]
+    return [*steps, (target, link, made)]
+
+
+def build(nvcc: str, torch: Path, objects: Path, target: Path) -> None:
+    """Compile and link, `MAX_JOBS` compilers at a time: by ninja what has changed, without it everything."""
+    steps = commands(nvcc, torch, objects, target)
+    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    for directory in (objects, target.parent):
+        directory.mkdir(parents=True, exist_ok=True)
+    if ninja := shutil.which("ninja"):
+        lines = [f"builddir = {objects}", "rule run", "  command = $line"]
+        for out, line, sources in steps:
+            lines += [f"build {out}: run {' '.join(map(str, sources))}", f"  line = {' '.join(line)}"]
+        file = objects / "build.ninja"
+        file.write_text("\n".join(lines) + "\n")
+        run([ninja, "-f", str(file), "-j", str(jobs)])
+        return
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(run, [line for _, line, _ in steps[:-1]]))
+    run(steps[-1][1])
+
+
+def run(line: list[str]) -> None:
+    """Run a compiler; CompileError, the complaint in its first line and all that was said behind it."""
+    done = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        said = done.stdout.strip().splitlines() or [f"{line[0]} returned {done.returncode}"]
+        complaint = next((text for text in said if "error" in text.lower()), said[-1])
+        raise CompileError("\n".join([complaint, " ".join(line), *said]))
+
+
+class BuildCuda(build_ext):
+    """Builds kernels._C by nvcc, or leaves the reason why not in kernels/_C.txt, for `dcgan.doctor`."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove(target)
+        try:
+            self.build_cuda(target)
+        except CompileError as error:
+            print(f"the CUDA extension is not built: {error}", file=sys.stderr)
+            reason_beside(target).write_text(f"{error}\n")
+            raise  # setuptools goes on without an optional extension
+
+    def copy_extensions_to_source(self) -> None:
+        """Of an editable install: the extension, or the reason, and neither of an earlier build."""
+        for ext in self.extensions:
+            here, built = map(Path, self._get_inplace_equivalent(self.get_finalized_command("build_py"), ext))
+            remove(here)
+            for source, target in ((built, here), (reason_beside(built), reason_beside(here))):
+                if source.exists():
+                    shutil.copy(source, target)
+
+    def build_cuda(self, target: Path) -> None:
+        nvcc = find_nvcc()
+        if nvcc is None:
+            raise CompileError("nvcc was not found in CUDA_HOME, PATH or /usr/local/cuda")
+        try:
+            import torch
+        except ImportError:
+            raise CompileError("torch is not visible to the build: install with pip's --no-build-isolation") from None
+        if optional() and torch.version.cuda is None:
+            raise CompileError(f"torch {torch.__version__} has no CUDA (DCGAN_BUILD_CUDA=1 builds all the same)")
+        build(nvcc, Path(torch.__file__).parent, Path(self.build_temp) / "kernels_C", target)
+
+
+def reason_beside(target: Path) -> Path:
+    return target.with_name("_C.txt")
+
+
+def remove(target: Path) -> None:
+    """What an earlier build left."""
+    target.unlink(missing_ok=True)
+    reason_beside(target).unlink(missing_ok=True)
+
+
+def optional() -> bool:
+    return os.environ.get("DCGAN_BUILD_CUDA", "auto") == "auto"
+
+
+def extensions() -> list[Extension]:
+    mode = os.environ.get("DCGAN_BUILD_CUDA", "auto")
+    if mode not in ("auto", "0", "1"):
+        raise SystemExit(f"DCGAN_BUILD_CUDA is {mode!r}: accepted are auto, 0 and 1")
+    if mode == "0":
+        return []
+    sources, headers = (sorted(map(str, CSRC.glob(pattern))) for pattern in ("*.c*", "*.h"))
+    return [Extension("kernels._C", sources, depends=headers, optional=mode == "auto", py_limited_api=True)]
+
+
+if __name__ == "__main__":
+    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildCuda})

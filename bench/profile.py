@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from bench.peers import ladder
 from bench.peers.ladder import Rung, Runner
 from bench.roofline import Ceilings, step_kernels
 from bench.verify import tolerance_class
+from dcgan import cpu_stacks
 from dcgan.arch import PRESETS, Arch
 from dcgan.config import fast_bf16
 from dcgan.errors import InputError, run_command
@@ -55,7 +57,8 @@ class Profile:
 
 
 def mark(step: FusedStep) -> None:
-    """Put a range named `section layer`, in the roofline's words, around each call that a stage of `step` makes."""
+    """Put a range named `section layer`, in the roofline's words, around each call that a stage of `step` makes; where
+    the step runs over launchers, `section kernel` around each launch."""
     section = {"now": "pack"}
 
     def within(owner: object, method: str, name: Callable[..., str]) -> None:
@@ -82,8 +85,16 @@ def mark(step: FusedStep) -> None:
     g, d = step.generator, step.discriminator
     entering(g, "forward", lambda **_: "G fwd")
     entering(g, "backward", lambda **_: "G dgrad")
-    entering(d, "forward", lambda groups, **_: "D fwd" if groups == 2 else "G step: D fwd")
+    entering(d, "forward", lambda real, **_: "D fwd" if len(real) == 2 else "G step: D fwd")
     entering(d, "backward", lambda weights, **_: "D dgrad" if weights else "G step: D dgrad")
+    within(g, "update", lambda: "Adam G")
+    within(d, "update", lambda: "Adam D")
+    if not isinstance(g, cpu_stacks.Generator):  # a layer's stage has no calls of its own: the launchers have
+        for stack in (g, d):
+            stack.launch = SimpleNamespace(**vars(stack.launch))
+            for kernel in vars(stack.launch):
+                within(stack.launch, kernel, lambda kernel=kernel: f"{section['now']} {kernel}")
+        return
     for stage in (*g.stages, *d.stages):
 
         def name(layer=stage.layer.name) -> str:
@@ -93,8 +104,6 @@ def mark(step: FusedStep) -> None:
             for method in methods:
                 within(owner, method, name)
         within(stage, "weight_backward", lambda layer=stage.layer.name: f"{layer[0]} wgrad {layer}")
-    within(step.optimizer_g, "step", lambda: "Adam G")
-    within(step.optimizer_d, "step", lambda: "Adam D")
 
 
 PRODUCT_METHODS = ("pack", "high", "low", "to_low", "to_high")

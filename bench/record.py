@@ -21,16 +21,20 @@ KERNEL_SOURCES = (
     "kernels/**/*.py",
     "csrc/**/*.c*",
     "csrc/**/*.h",
-    "dcgan/stacks.py",
+    "dcgan/*stacks.py",
+    "dcgan/weights.py",
     "dcgan/fused.py",
+    "dcgan/loop.py",
     "dcgan/step.py",
 )
+TRITON_SOURCES = ("kernels/_triton/*.py",)
+"""What a tuned tile was measured from."""
 
 
-def kernels_hash(root: Path = ROOT) -> str:
+def kernels_hash(root: Path = ROOT, sources: tuple[str, ...] = KERNEL_SOURCES) -> str:
     """sha256 over the sources that a speed depends on: names and contents, in order."""
     digest = hashlib.sha256()
-    for path in sorted({path for pattern in KERNEL_SOURCES for path in root.glob(pattern)}):
+    for path in sorted({path for pattern in sources for path in root.glob(pattern)}):
         digest.update(f"{path.relative_to(root)}\0{len(content := path.read_bytes())}\0".encode() + content)
     return digest.hexdigest()
 

@@ -1,20 +1,21 @@
-"""The README's measured table, generated from the records, and the check that no other figure stands in the README.
+"""The README's measured table and the page of all records, both generated, and the check that both are up to date.
 
     python -m bench.report [--readme README.md] [--results bench/results] [--check]
 
 Between `<!-- record: begin -->` and `<!-- record: end -->` stands a line for each batch in the summary of each
-machine's newest record. With `--check` nothing is written: exit code 3 where the table is not what the records say, or
-where the README's prose has a figure with a unit of speed that no record rounds to.
+machine's newest record; `bench/results/report.html` is `bench.pages.page`. With `--check` nothing is written: exit code
+3 where one of them is not what the records say, or where the README's prose has a figure with a unit of speed that no
+record rounds to.
 """
 
-import json
 import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench import record
+from bench.pages import page
+from bench.pages.records import DEFAULT_PRESET, Record, newest, records, significant
 from dcgan.errors import InputError, RunError, run_command
 from dcgan.flags import Parser
 
@@ -31,74 +32,18 @@ COLUMNS = (
     "record",
 )
 
-DEFAULT_PRESET = "dcgan64"
-
 FIGURE = re.compile(r"(?<![\w.,])(\d[\d,]*(?:\.\d+)?)\s?(ms|µs|images/s|×|TFLOP/s|GB/s|TB/s)(?![\w×])")
 """A number with a unit of speed, such as 1.5×, 12 ms or 4,000 images/s, but not the 64× of 64×64."""
 
-UNITS = {  # unit → how the keys that hold such figures end, and what to multiply a recorded value by
-    "ms": (("_ms", "ms"), 1.0),
-    "µs": (("_ms", "ms"), 1e3),
-    "images/s": (("images_per_s",), 1.0),
-    "×": (("over_example", "over_best_peer"), 1.0),
-    "TFLOP/s": (("_tflops",), 1.0),
-    "GB/s": (("_tbps",), 1e3),
-    "TB/s": (("_tbps",), 1.0),
+UNITS = {  # unit → how the keys that hold such figures end, each with what to multiply a recorded value by
+    "ms": (("_ms", 1.0), ("ms", 1.0)),
+    "µs": (("_ms", 1e3), ("ms", 1e3)),
+    "images/s": (("images_per_s", 1.0),),
+    "×": (("over_example", 1.0), ("over_best_peer", 1.0), ("over_library", 1.0)),
+    "TFLOP/s": (("tflops", 1.0),),
+    "GB/s": (("_tbps", 1e3), ("gbps", 1.0)),
+    "TB/s": (("_tbps", 1.0), ("gbps", 1e-3)),
 }
-
-
-@dataclass(frozen=True)
-class Record:
-    """One folder under `bench/results/<machine>/`."""
-
-    folder: Path
-    environment: dict[str, Any]
-    summary: dict[str, Any]
-    rows: list[dict[str, Any]]
-
-    @property
-    def machine(self) -> str:
-        """The GPU, or the CPU and how many of its cores took part."""
-        if self.environment.get("gpu"):
-            return self.environment["gpu"]
-        return f"{self.environment['cpu']}, {self.environment['threads']} threads"
-
-    def batches(self) -> list[tuple[int, dict[str, Any]]]:
-        """The summary's entries by batch, the smallest first."""
-        keys = [key for key in self.summary if re.fullmatch(r"b\d+", key)]
-        return sorted((int(key[1:]), self.summary[key]) for key in keys)
-
-
-def records(results: Path) -> list[Record]:
-    """All records under `results`, by machine and date.
-
-    Raises:
-        InputError: a record that cannot be read.
-    """
-    found = []
-    for path in sorted(results.glob("*/*/env.json")):
-        try:
-            environment = json.loads(path.read_text())
-            summary = path.with_name("summary.json")
-            lines = path.with_name("rows.jsonl").read_text().splitlines()
-            rows = [json.loads(line) for line in lines]
-            environment["date"], environment["cpu"], environment["threads"]
-            summary = json.loads(summary.read_text()) if summary.exists() else {}
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{path.parent}: not a record ({type(error).__name__}: {error})") from error
-        found.append(Record(path.parent, environment, summary, rows))
-    return sorted(found, key=lambda entry: (entry.folder.parent.name, entry.environment["date"], entry.folder.name))
-
-
-def newest(found: list[Record]) -> list[Record]:
-    """Each machine's newest record among those that measured the step."""
-    return list({entry.folder.parent.name: entry for entry in found if entry.batches()}.values())
-
-
-def significant(value: float, digits: int = 3) -> str:
-    """`value` to so many significant digits, in thousands with commas, never in powers of ten."""
-    decimals = max(0, digits - len(str(int(abs(value))))) if abs(value) >= 1 else digits
-    return f"{value:,.{decimals}f}"
 
 
 def line(entry: Record, batch: int, figures: dict[str, Any], root: Path) -> str:
@@ -116,19 +61,17 @@ def line(entry: Record, batch: int, figures: dict[str, Any], root: Path) -> str:
     if figures.get("best_peer"):
         over_best += f" ({figures['best_peer']})"
     over_example = cell("over_example", "×") + (" (noisy)" if figures.get("noisy") else "")
-    commit = (entry.environment.get("commit") or "unknown")[:8] + ("+" if entry.environment.get("dirty") else "")
     where = entry.folder.relative_to(root) if entry.folder.is_relative_to(root) else entry.folder
-    preset = entry.summary.get("preset") or DEFAULT_PRESET
     step = cell("step_ms", " ms") + (f" ({figures['ours']})" if figures.get("ours") else "")
     cells = [
         entry.machine,
-        str(batch) if preset == DEFAULT_PRESET else f"{batch}, {preset}",
+        str(batch) if entry.preset == DEFAULT_PRESET else f"{batch}, {entry.preset}",
         step,
         cell("images_per_s", ""),
         percent("roofline"),
     ]
     cells += [over_example, over_best, percent("peak_memory_over_example")]
-    cells += [f"[{entry.environment['date'][:10]}]({where.as_posix()}), {commit}"]
+    cells += [f"[{entry.date}]({where.as_posix()}), {entry.commit}"]
     return f"| {' | '.join(cells)} |"
 
 
@@ -162,13 +105,13 @@ def split(readme: str, name: str) -> tuple[str, str, str]:
 
 def values(found: list[Record], unit: str) -> list[float]:
     """Every recorded figure of `unit`, in that unit."""
-    endings, factor = UNITS[unit]
     every = [row for entry in found for row in [*entry.rows, *(figures for _, figures in entry.batches())]]
     return [
         value * factor
         for row in every
         for key, value in row.items()
-        if key.endswith(endings) and isinstance(value, int | float)
+        for ending, factor in UNITS[unit]
+        if key.endswith(ending) and isinstance(value, int | float)
     ]
 
 
@@ -201,14 +144,22 @@ def command() -> int:
     except OSError as error:
         raise InputError(f"--readme {args.readme}: {error.strerror}") from error
     found = records(args.results)
+    target = args.results / page.NAME
+    rendered = page.render(found)
     if args.check:
-        if wrong := faults(readme, args.readme.name, found):
+        wrong = faults(readme, args.readme.name, found)
+        if not target.exists() or target.read_text() != rendered:
+            wrong.append(f"{page.NAME} is stale: run python -m bench.report")
+        if wrong:
             raise RunError(f"{args.readme.name}: {'; '.join(wrong)}")
         return 0
     before, _, after = split(readme, args.readme.name)
     args.readme.write_text(before + table(found) + after)
+    target.write_text(rendered)
     shown = newest(found)
-    print(f"{args.readme.name}: {sum(len(entry.batches()) for entry in shown)} rows from {len(shown)} machines")
+    print(
+        f"{args.readme.name}: {sum(len(entry.batches()) for entry in shown)} rows from {len(shown)} machines; {target}"
+    )
     return 0
 
 

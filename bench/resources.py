@@ -9,6 +9,7 @@ preset at each batch; ptxas and cuobjdump, which come with Triton, then say what
 - more shared memory than one program may have there.
 
     python -m bench.resources --arch sm_90 [--preset dcgan64] [--batch 128 --batch 1024] [--precision bf16] [--json]
+    python -m bench.resources --cuda [--arch sm_90] [--json]     the extension's instead: bench/resources_cuda.py
 """
 
 import argparse
@@ -19,12 +20,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench import resources_cuda
 from dcgan.arch import PRESETS, Arch
 from kernels._triton import batch_norm, batch_norm_grad
 from kernels._triton.adam import adam_table, prepare_adam
@@ -32,10 +34,10 @@ from kernels._triton.config import SHARED_LIMIT_BYTES
 from kernels._triton.conv import prepare_conv
 from kernels._triton.conv_transpose import prepare_conv_transpose
 from kernels._triton.gather import prepare_gather
-from kernels._triton.head import prepare_head, prepare_head_grad
+from kernels._triton.head import prepare_gan_loss, prepare_head, prepare_head_grad
 from kernels._triton.launch import Job, Launch
 from kernels._triton.wgrad import prepare_wgrad
-from kernels.geometry import Epilogue, Layer
+from kernels.geometry import Epilogue, Layer, Merge
 
 ARCHES = {f"sm_{arch}": arch for arch in sorted(SHARED_LIMIT_BYTES)}
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
@@ -168,11 +170,18 @@ def _network(
             forward, backward = prepare_conv, prepare_conv_transpose
             if layer.kind == "conv_transpose":
                 forward, backward = backward, forward
-            after = Epilogue(statistics=True, groups=groups) if layer.batch_norm else Epilogue(layer.activation)
+            after = Epilogue(layer.activation)
+            if layer.batch_norm:
+                vector = _meta(layer.out_channels, dtype=torch.float32)
+                merge = Merge(vector, vector, vector, vector, _meta(dtype=torch.int64))
+                after = Epilogue(groups=groups, statistics=True, merge=merge)
             yield from cases("forward", forward(x, weight, after, **options), matrix)
             if before is not None:
-                state = _meta(4, groups, layer.in_channels, dtype=torch.float32) if before.batch_norm else None
-                into = Epilogue(before.activation, groups=groups, saved=x, state=state)
+                into = Epilogue(before.activation, groups=groups, saved=x)
+                if before.batch_norm:
+                    state = _meta(4, groups, layer.in_channels, dtype=torch.float32)
+                    merge = Merge(state[0, 0], state[0, 0]) if weights else Merge(None, None)
+                    into = replace(into, state=state, merge=merge)
                 yield from cases("dgrad", backward(y, weight, into, **options), matrix)
             elif not weights:  # D frozen in G's step: the images' gradient is wanted, through the tanh that made them
                 yield from cases("dgrad", backward(y, weight, Epilogue("tanh", saved=x), **options), matrix)
@@ -199,10 +208,10 @@ def _network(
 
 
 def _others(arch: Arch, batch: int, dtype: torch.dtype) -> Iterator[Case]:
-    """The launches that belong to no convolution: the gather, D's head in both of its forms, Adam."""
+    """The launches that belong to no convolution: the gather, D's head in its forms, the loss, Adam."""
     counter = _meta(dtype=torch.int64)
     rows = _meta(60000, arch.image_size, arch.image_size, arch.channels, dtype=torch.uint8)
-    permutation, flip = _meta(60000, dtype=torch.int64), _meta(batch, dtype=torch.uint8)
+    permutation, flip = _meta(60000, dtype=torch.int64), _meta(60000, dtype=torch.uint8)
     jobs = {
         "gather": prepare_gather(rows, permutation, counter, batch, None, dtype),
         "gather, mirrored": prepare_gather(rows, permutation, counter, batch, flip, dtype),
@@ -220,7 +229,10 @@ def _others(arch: Arch, batch: int, dtype: torch.dtype) -> Iterator[Case]:
     shapes = [layer.weight_shape for layer in arch.discriminator]
     tensors = [_meta(*shape, dtype=torch.float32) for shape in shapes]
     copies = [_meta(*shape, dtype=dtype if dtype.itemsize == 2 else torch.bfloat16) for shape in shapes]
-    jobs["Adam"] = prepare_adam(adam_table(tensors, tensors, tensors, tensors, copies), counter, 2e-4)
+    table, scale = adam_table(tensors, tensors, tensors, tensors, copies), _meta(3, dtype=torch.float32)
+    jobs["Adam"] = prepare_adam(table, counter, 2e-4)
+    jobs["Adam, scaled"] = prepare_adam(table, counter, 2e-4, loss_scale=scale)
+    jobs["gan_loss"] = prepare_gan_loss(_meta(2 * batch, dtype=torch.float32), (True, False))
     for name, job in jobs.items():
         for launch in job.launches:
             yield Case(name, launch, False)
@@ -253,7 +265,10 @@ def main() -> int:
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
     parser.add_argument("--only", default="", help="a regular expression that the row's name must match")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    parser.add_argument("--cuda", action="store_true", help="the kernels of csrc/ instead, which nvcc compiles")
     args = parser.parse_args()
+    if args.cuda:
+        return resources_cuda.report(args.arch, args.only, args.json)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET is set, so kernels are interpreted and not compiled: unset it")
     sm, layers = ARCHES[args.arch], PRESETS[args.preset].arch

@@ -1,31 +1,152 @@
 """The stages of `bench.suite`. Each takes the bench and the seconds it has, and emits rows."""
 
+import importlib.util
+import json
+import os
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
 
 from bench import ceilings, record
 from bench.group import Bench, Group
-from bench.peers import ladder
-from bench.peers.ladder import EXAMPLE
+from bench.peers import jax_peer, ladder
+from bench.peers.ladder import EXAMPLE, Rung
+from dcgan.arch import PRESETS
+from dcgan.config import fast_bf16
+from kernels import tuning
 
-PARITY = ("tests/test_fused_step.py",)
+TESTS = ("tests/test_fused_step.py",)
+GPU_TESTS = ("tests/test_captured_step.py", "tests/test_bench_ladder.py")
+"""What else parity runs: tests of whole steps; the second list where there is a GPU."""
+
+STARTS = 5
+"""How often a run of parity that ends its own process is started anew."""
 
 
 def parity(bench: Bench, seconds: float) -> None:
-    """The fused step against the reference step, by the tests."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *PARITY]
+    """Every kernel and op against float64, in processes of its own, which may die of what they find; then the tests of
+    whole steps. All rows go to `parity.jsonl`; here a count a section, recipe and precision, and what is wrong."""
+    began, file = time.monotonic(), bench.out / "parity.jsonl"
+    share, environments = 0.75, [{}]
+    if bench.plan.device.type == "cpu":  # Triton's kernels in the interpreter, and PyTorch's own
+        share, environments = 0.5, [{"TRITON_INTERPRET": "1"}, {"TRITON_INTERPRET": "0"}]
+    rows: list[dict[str, Any]] = []
+    for done, environment in enumerate(environments):
+        left = seconds * share - (time.monotonic() - began)
+        _parity_process(file, max(left / (len(environments) - done), 1.0), environment)
+        found = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        rows = [row for row in rows if row["ok"] is None] + found
+    for row in counted(rows):
+        bench.emit("parity", **row)
+    for tests in (*TESTS, *(GPU_TESTS if bench.plan.device.type == "cuda" else ())):
+        if (record.ROOT / tests).exists():
+            run_tests(bench, tests, seconds - (time.monotonic() - began))
+
+
+def _parity_process(file: Path, seconds: float, environment: dict[str, str]) -> None:
+    """`bench.parity` until it ends by itself or its time is up: a row is in `file` as soon as it is known."""
+    until = time.monotonic() + seconds
+    for _ in range(STARTS):
+        minutes = max(until - time.monotonic(), 1.0) / 60
+        command = [sys.executable, "-m", "bench.parity", "--rows", str(file), "--minutes", f"{minutes:.3f}"]
+        try:
+            done = subprocess.run(
+                command, cwd=record.ROOT, env=os.environ | environment, capture_output=True, text=True,
+                timeout=60 * minutes + 30,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            continue  # it hangs: the next one knows from the journal in which check
+        if done.returncode in (0, 3) and not file.with_suffix(".journal").exists():
+            return
+        if time.monotonic() > until:
+            return
+
+
+def counted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each section, recipe and precision, with how many were right; and each row that was wrong."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        parts = row["name"].split("/")
+        name = "/".join([row["section"], *parts[-3:-1]]) if len(parts) > 3 else row["name"]
+        groups.setdefault(name, []).append(row)
+    found = []
+    for name, members in groups.items():
+        wrong = [row for row in members if row["ok"] is False]
+        errors = [row["error_over_allowed"] for row in members if row.get("error_over_allowed") is not None]
+        why = f"{len(wrong)} of {len(members)} are wrong" if wrong else members[0].get("why")
+        ours = "" if {"eager", "library"} & set(name.split("/")) else "ours"
+        found.append({
+            "name": name, "ok": False if wrong else members[0]["ok"], "why": why, "checked": len(members),
+            "worst_error_over_allowed": max(errors, default=None), "ours": ours,
+        })  # fmt: skip
+        found += [{"name": row["name"], "ok": False, "why": row["why"], "ours": ours} for row in wrong]
+    return found
+
+
+def run_tests(bench: Bench, tests: str, seconds: float) -> None:
+    """A file of tests in a process of its own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests]
     began = time.perf_counter()
     try:
         done = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True, timeout=max(seconds, 1.0))
     except subprocess.TimeoutExpired:
-        bench.emit("parity", PARITY[0], None, f"not finished within the {seconds:.0f} s of this stage")
+        bench.emit("parity", tests, None, f"not finished within the {max(seconds, 1.0):.0f} s left of this stage")
         return
     counts = {what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|errors?|skipped)", done.stdout)}
     ok = done.returncode == 0 and counts.get("passed", 0) > 0
     why = None if ok else (done.stdout.strip().splitlines() or ["pytest said nothing"])[-1][:200]
-    bench.emit("parity", PARITY[0], ok, why, **counts, seconds=time.perf_counter() - began)
+    bench.emit("parity", tests, ok, why, **counts, seconds=time.perf_counter() - began)
+
+
+def sanitize(bench: Bench, seconds: float) -> None:
+    """compute-sanitizer over small shapes of every kernel."""
+    from bench.sanitize import sanitize as run
+
+    run(seconds, bench.emit)
+
+
+def tune(bench: Bench, seconds: float) -> None:
+    """The search for the tuned table, in a process of its own: `tuned.json` in the record, from what is in the tree."""
+    preset = next((name for name, preset in PRESETS.items() if preset.arch == bench.plan.arch), None)
+    if bench.plan.device.type != "cuda" or preset is None:
+        what = "needs a GPU and a preset's architecture; python -m bench.tune --dry-run names what it would try"
+        bench.emit("tune", "tune", None, what)
+        return
+    table = bench.out / "tuned.json"
+    known = tuning.FOLDER / f"{tuning.slug(torch.cuda.get_device_name(bench.plan.device))}.json"
+    if known.exists():
+        table.write_bytes(known.read_bytes())
+    batches = [part for batch in bench.plan.peer_batches for part in ("--batch", str(batch))]
+    command = [sys.executable, "-m", "bench.tune", "--preset", preset, *batches, "--out", str(table)]
+    command += ["--minutes", f"{seconds / 60:.2f}", "--record", f"bench/results/{record.machine()}/{bench.out.name}"]
+    try:
+        done = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True, timeout=seconds + 120)
+        text = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1][:200]
+        ok = done.returncode == 0
+    except subprocess.TimeoutExpired:
+        ok, text = False, f"not finished {120} s after its {seconds:.0f} s; the table has what was measured"
+    data = json.loads(table.read_text()) if table.exists() else {"tiles": {}, "ops": {}}
+    for kernel, key, precision, images, entry in leaves(data["tiles"]):
+        figures = {key: entry.get(key) for key in ("us", "library_us")}
+        bench.emit("tune", f"{kernel}/{key}/{entry['recipe']}/{precision}/b{images}", True, **figures)
+    for op, key, precision, images, recipe in leaves(data["ops"]):
+        bench.emit("tune", f"{op}/{key}/{recipe}/{precision}/b{images}", True)
+    bench.emit("tune", "tune", ok, text)
+
+
+def leaves(section: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+    """(kernel or op, shape, precision, images, entry) of a table's section."""
+    for name, keys in section.items():
+        for key, precisions in keys.items():
+            for precision, counts in precisions.items():
+                for images, entry in counts.items():
+                    yield name, key, precision, images, entry
 
 
 def measure_ceilings(bench: Bench, seconds: float) -> None:
@@ -47,6 +168,7 @@ def peers(bench: Bench, seconds: float) -> None:
         quick = [rung for rung in ladder.RUNGS if not rung.compile]
         left = time.perf_counter() + share
         fastest = Group(bench, "peers", images, "eager").run(quick, share * (0.5 if bench.plan.compile else 1.0))
+        jax(bench, images, 0.2 * share)
         if not bench.plan.compile:
             for rung in compiled:
                 why = ladder.unavailable(rung, bench.plan.arch, bench.plan.device)
@@ -57,6 +179,21 @@ def peers(bench: Bench, seconds: float) -> None:
         fits = any(ladder.COMPILE_SECONDS[rung.compile] <= seconds_left for rung in here)
         beside = [rung for rung in quick if fits and rung.name in {EXAMPLE, *fastest}]
         Group(bench, "peers", images, "compiled").run(beside + compiled, seconds_left)
+
+
+def jax(bench: Bench, images: int, seconds: float) -> None:
+    """The step in JAX, timed in a process of its own: not beside the others, so no ratio is taken."""
+    rung = Rung("bf16" if fast_bf16(bench.plan.device) else "fp32")
+    name = "jax+bf16" if rung.precision == "bf16" else "jax"
+    if importlib.util.find_spec("jax") is None:
+        bench.emit("peers", name, None, "JAX is not installed", batch=images)
+        return
+    figures = jax_peer.run(bench.plan.arch, images, seconds, bench.plan.device, rung.precision)
+    if "p50_ms" in figures:
+        figures["roofline"] = Group(bench, "peers", images, "jax").roofline(rung, figures["p50_ms"])
+    bench.emit(
+        "peers", figures.pop("name"), figures.pop("ok"), figures.pop("why", None), group="jax", ours="", **figures
+    )
 
 
 def step(bench: Bench, seconds: float) -> None:

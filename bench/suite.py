@@ -5,9 +5,9 @@
 
 Rows are appended to `DIR/rows.jsonl` one by one, so what was measured survives whatever cuts the run off. A row has
 `suite`, `name`, `ok` (true, false, or null where nothing was measured), `why`, and figures with their units in their
-names; fractions are 0 to 1. Beside it: `env.json`, `summary.json`, `README.md`, and from the stage `profile`
-`profile.txt` and `trace.json`. Exit codes: 0; 2 for wrong input; 3 where something of ours was wrong; 128 + n by a
-signal.
+names; fractions are 0 to 1. Beside it: `env.json`, `summary.json`, `README.md`; of the stage `parity` `parity.jsonl`,
+of `profile` `profile.txt` and `trace.json`, of `tune`, which runs where `--only` names it, `tuned.json`. Exit codes: 0;
+2 for wrong input; 3 where something of ours was wrong; 128 + n by a signal.
 """
 
 import argparse
@@ -23,8 +23,9 @@ from pathlib import Path
 
 import torch
 
-from bench import profile, record, stages
+from bench import ops, profile, quality, record, stages
 from bench.group import Bench, Plan, one_line
+from bench.overview import table
 from bench.peers import ladder
 from bench.peers.ladder import Rung
 from bench.telemetry import Telemetry
@@ -50,28 +51,21 @@ def profile_stage(bench: Bench, seconds: float) -> None:
         bench.emit("profile", row["name"], True, batch=images, rung=rung.name, ms=row["ms"], floor_ms=row["floor_ms"])
 
 
-def not_written(stage: str, why: str) -> Callable[[Bench, float], None]:
-    """A stage that has nothing to run yet: one row that says so."""
-
-    def run(bench: Bench, seconds: float) -> None:
-        needs = "" if bench.plan.device.type == "cuda" else "; it also needs a GPU"
-        bench.emit(stage, stage, None, why + needs)
-
-    return run
-
-
 STAGES: dict[str, tuple[Callable[[Bench, float], None], float]] = {
-    "parity": (stages.parity, 2.0),
-    "sanitize": (not_written("sanitize", "the runs under compute-sanitizer are not written yet"), 0.0),
+    "parity": (stages.parity, 3.0),
+    "sanitize": (stages.sanitize, 2.0),
     "ceilings": (stages.measure_ceilings, 0.5),
     "peers": (stages.peers, 8.0),
-    "ops": (not_written("ops", "the rows of single ops are not written yet"), 0.0),
+    "ops": (ops.ops, 2.0),
     "step": (stages.step, 2.0),
     "profile": (profile_stage, 0.5),
-    "tune": (not_written("tune", "the search for the tuned table is not written yet"), 0.0),
-    "quality": (not_written("quality", "the comparison of samples is not written yet"), 0.0),
+    "tune": (stages.tune, 8.0),
+    "quality": (quality.quality, 2.0),
 }
 """In the order they run, with the share of the time that each is worth."""
+
+BY_NAME = ("tune",)
+"""Stages that run where `--only` names them: they change what the next run measures."""
 
 MINUTES = {True: 3.5, False: 10.0}
 """What `--quick` and its absence are given where `--minutes` does not say."""
@@ -193,30 +187,6 @@ def finish(out: Path, environment: dict, summary: dict, rows: list[dict]) -> Non
     (out / "README.md").write_text("\n".join(lines) + "\n")
 
 
-def table(rows: list[dict]) -> list[str]:
-    """A short table: a line a row that has a time, one a stage for the rest."""
-    lines = [f"{'stage':9s} {'row':52s} {'batch':>5s} {'p50 ms':>9s} {'images/s':>10s} {'floor':>6s} {'× example':>9s}"]
-    for row in rows:
-        if row["suite"] == "profile" and row["ok"]:
-            continue
-        text = f"{row['suite']:9s} {row['name'][:52]:52s} {row.get('batch', ''):>5}"
-        if "p50_ms" in row:
-            text += f" {row['p50_ms']:9.2f} {row['images_per_s']:10.1f}"
-            text += f" {row['roofline']:6.2f}" if row["roofline"] is not None else " " * 7
-            text += f" {row['over_example']:9.2f}" if "over_example" in row else ""
-            text += {True: "  noisy", False: ""}.get(row.get("noisy", False), "  too few rounds to tell noise")
-        elif "matrix_tflops" in row:
-            text += f" {row['matrix_tflops']:9.3f} TFLOP/s"
-        elif "copy_tbps" in row:
-            text += f" {row['copy_tbps']:9.4f} TB/s"
-        if row.get("median_over_shortest", 1.0) > 1.1:
-            text += f"  busy: the median took {row['median_over_shortest']:.2f} times the shortest"
-        if row["ok"] is not True:
-            text += f"  {'failed' if row['ok'] is False else 'not run'}: {row['why']}"
-        lines.append(text.rstrip())
-    return lines
-
-
 def plan_of(args: argparse.Namespace) -> Plan:
     """What the command line asks for, or the device's own."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -241,14 +211,14 @@ def command() -> int:
     parser = Parser(prog="python -m bench.suite", description="Measure the training step on this machine.")
     parser.add_argument("--out", type=Path, required=True, help="a folder without a record; made where missing")
     parser.add_argument("--quick", action="store_true", help=f"fewer rounds and batches, {MINUTES[True]} minutes")
-    parser.add_argument("--only", help=f"some of {','.join(STAGES)}")
+    parser.add_argument("--only", help=f"some of {','.join(STAGES)} (all but {','.join(BY_NAME)})")
     parser.add_argument("--minutes", type=float, help=f"time to plan into ({MINUTES[False]:g})")
     parser.add_argument("--commit", help="of a tree without git's data")
     parser.add_argument("--preset", choices=PRESETS, default="dcgan64")
     parser.add_argument("--batch", type=int, action="append", help="images a step; may be repeated (the device's own)")
     parser.add_argument("--compile", action="store_true", help="the rungs that compile, on a CPU too")
     args = parser.parse_args()
-    only = args.only.split(",") if args.only else list(STAGES)
+    only = args.only.split(",") if args.only else [name for name in STAGES if name not in BY_NAME]
     for name in only:
         if name not in STAGES:
             raise InputError(f"--only {args.only}: {name!r} is no stage; accepted are {', '.join(STAGES)}")

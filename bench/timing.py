@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from statistics import median
 
 import torch
@@ -105,12 +106,51 @@ def measure_ms(call: Callable[[], object], calls: int, device: torch.device | st
     return (time.perf_counter() - began) * 1e3 / calls
 
 
+COLD_CALLS = 10
+CLOCK_HZ = 2e9
+"""About a GPU's clock: `torch.cuda._sleep` counts cycles."""
+
+
+@cache
+def _flush_buffer(device: torch.device) -> torch.Tensor:
+    """Twice the second-level cache: writing it leaves nothing else there."""
+    size = torch.cuda.get_device_properties(device).L2_cache_size
+    return torch.empty(2 * size, dtype=torch.uint8, device=device)
+
+
+def cold_ms(call: Callable[[], object], calls: int, device: torch.device | str) -> float:
+    """Milliseconds of one call that finds its operands in memory and its launches queued; for a single kernel or op.
+
+    On a GPU: the median of up to `COLD_CALLS` calls, each between two events. Before it the second-level cache is
+    written over, and the device waits for as long as the host takes to launch the call, so that neither a cache nor
+    the host shows in the time. Not yet run on a GPU. On a CPU: `measure_ms`.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        return measure_ms(call, calls, device)
+    torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    call()
+    launch_s = time.perf_counter() - began
+    cycles, buffer = int(min(2 * launch_s, 5e-3) * CLOCK_HZ), _flush_buffer(device)
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(min(calls, COLD_CALLS))]
+    for start, end in pairs:
+        buffer.zero_()
+        torch.cuda._sleep(cycles)
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize(device)
+    return median(start.elapsed_time(end) for start, end in pairs)
+
+
 def interleave(
     callables: Mapping[str, Callable[[], object]],
     rounds: int = 15,
     warmup: int = 2,
     device: torch.device | str = "cpu",
     seconds: float | None = None,
+    measure: Callable[[Callable[[], object], int, torch.device | str], float] = measure_ms,
 ) -> Timed:
     """Time `callables` beside each other.
 
@@ -120,6 +160,7 @@ def interleave(
         warmup: calls of each before anything counts, at least 1; the last says how many calls a measurement needs.
         device: whose clock to read.
         seconds: fewer rounds where they would take longer, but never fewer than `FEWEST_ROUNDS`.
+        measure: `measure_ms`, or `cold_ms` for single kernels.
 
     Raises:
         ValueError: nothing to time, or too few rounds or warm-up calls.
@@ -132,7 +173,7 @@ def interleave(
     calls, round_s = {}, 0.0
     for name, call in callables.items():
         for _ in range(warmup):
-            once_ms = measure_ms(call, 1, device)
+            once_ms = measure(call, 1, device)
         calls[name] = min(max(1, math.ceil(SHORTEST_MS / max(once_ms, 1e-6))), MOST_CALLS)
         round_s += calls[name] * once_ms / 1e3
     if seconds is not None:
@@ -143,7 +184,7 @@ def interleave(
     for number in range(rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            samples[name].append(measure_ms(callables[name], calls[name], device))
+            samples[name].append(measure(callables[name], calls[name], device))
         if seconds is not None and number + 1 >= FEWEST_ROUNDS and time.perf_counter() - began > seconds:
             break
     return Timed(samples, calls)

@@ -67,7 +67,6 @@ class Batches:
         self.permutation = torch.arange(places, device=self.device)
         self.mirrored = torch.zeros(places, dtype=torch.uint8, device=self.device) if flip else None
         self.cursor = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.ticket = torch.zeros(1, dtype=torch.int32, device=self.device)
         triton = why_not("triton", self.device, torch.float32) is None and self.device.type == "cuda"
         self._gather = launchers("triton" if triton else "eager").gather
         self._orders: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
@@ -132,7 +131,7 @@ class Batches:
         """The next n images (n, C, H, W) in [-1, 1]: float32, or to `out`, channels_last, of its type."""
         batch = self._gather(
             self.rows, self.permutation, self.cursor, n, self.mirrored,
-            torch.float32 if out is None else out.dtype, ticket=self.ticket,
+            torch.float32 if out is None else out.dtype,
             out=None if out is None else out.permute(0, 2, 3, 1),
         ).permute(0, 3, 1, 2)  # fmt: skip
         return batch if out is not None else batch.contiguous(memory_format=self.memory_format)

@@ -143,7 +143,6 @@ class Discriminator(Stack):
 
     def __init__(self, model: nn.Module, *parts):
         super().__init__(model, model.arch.discriminator, *parts)
-        self.ticket = torch.zeros(1, dtype=torch.int32, device=self.weights.step.device)
 
     def forward(self, images: Tensor, real: tuple[bool, ...], weights: bool) -> Judged:
         """Judge images (N, C, H, W) in as many equal groups as `real` has entries, each with its own statistics.
@@ -169,9 +168,7 @@ class Discriminator(Stack):
             self.kept.append(Kept(x if weights else None, y, state))
             x = y if stage.norm is None or last else self.launch.apply(y, state, layer.activation)
         self.judged = Judged(
-            *self.launch.head(
-                x, head.weight, state, real, layer.activation, scale=self.weights.loss_scale, ticket=self.ticket
-            )
+            *self.launch.head(x, head.weight, state, real, layer.activation, scale=self.weights.loss_scale)
         )
         return self.judged
 

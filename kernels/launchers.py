@@ -79,49 +79,31 @@ def _cuda_missing() -> str | None:
 
 
 def _cuda(triton: SimpleNamespace) -> dict[str, Callable]:
-    """The extension's launchers, its products with Triton's behind them, for the calls that it leaves to others."""
+    """The extension's launchers, with Triton's behind them for the calls that it leaves to others."""
     from kernels._cuda import adam, batch_norm, conv, head
 
-    found = {
-        name: _with_out(getattr(module, name))
-        for module in (conv, batch_norm, head, adam)
-        for name in vars(triton)
-        if hasattr(module, name)
-    }
-    return found | {name: _where_served(name, found[name], getattr(triton, name), conv.missing) for name in GEMMS}
+    found = {}
+    for module in (conv, batch_norm, head):
+        for name in vars(triton):
+            if hasattr(module, name):
+                missing = functools.partial(conv.missing, name) if name in GEMMS else None
+                found[name] = _where_served(getattr(module, name), getattr(triton, name), missing)
+    return found | {"adam_table": adam.adam_table, "adam": adam.adam}  # a table is its own backend's
 
 
-def _where_served(kernel: str, launch: Callable, instead: Callable, missing: Callable[..., str | None]) -> Callable:
-    """A product by the extension where it has a kernel for the call, else by `instead`."""
-
-    named = _options(instead)
+def _where_served(launch: Callable, instead: Callable, missing: Callable[..., str | None] | None = None) -> Callable:
+    """A launcher of the extension where it has a kernel for the call, and takes its arguments; else `instead`."""
+    own, named = set(inspect.signature(launch).parameters), list(inspect.signature(instead).parameters)
 
     @functools.wraps(instead)
-    def product(first: Tensor, second: Tensor, *arguments: Any, **options: Any) -> Any:
+    def served(*arguments: Any, **options: Any) -> Any:
         options |= zip(named, arguments, strict=False)
-        run = instead if missing(kernel, first, second, options.get("epilogue")) else launch
-        return run(first, second, **options)
+        lacks = any(value is not None for name, value in options.items() if name not in own)
+        if lacks or (missing and missing(*(options[name] for name in named[:2]), options.get("epilogue"))):
+            return instead(**options)
+        return launch(**{name: value for name, value in options.items() if name in own})
 
-    return product
-
-
-def _with_out(launch: Callable) -> Callable:
-    """A launcher that takes `out`, the first results' places, by a copy where it does not by itself."""
-    if "out" in inspect.signature(launch).parameters:
-        return launch
-
-    @functools.wraps(launch)
-    def copying(*arguments: Any, out: Tensor | tuple[Tensor, ...] | None = None, **options: Any) -> Any:
-        result = launch(*arguments, **options)
-        if out is None:
-            return result
-        if isinstance(result, Tensor):
-            return out.copy_(result)
-        places = out if isinstance(out, tuple) else (out,)
-        filled = [place.copy_(part) for place, part in zip(places, result, strict=False)]
-        return *filled, *result[len(filled) :]
-
-    return copying
+    return served
 
 
 def _options(launch: Callable) -> list[str]:

@@ -37,7 +37,7 @@ def nhwc(t: Tensor) -> Tensor:
 
 
 class Products:
-    """`conv`, `conv_transpose` and `wgrad`; `launch` has `statistics` and `activation_grad`."""
+    """`conv`, `conv_transpose` and `wgrad`; `launch` has `statistics`, `activation_grad` and `merge_sums`."""
 
     def __init__(self, launch: ModuleType | SimpleNamespace):
         self.launch = launch
@@ -45,8 +45,7 @@ class Products:
     def finish(self, y: Tensor, e: Epilogue) -> tuple[Tensor, Partials | Tensor | None]:
         """The epilogue of a raw output y (N, H, W, C); its partials, or what `merge` makes of them."""
         if e.mode == "statistics":
-            partials = self.launch.statistics(y, e.groups)
-            return y, partials if e.merge is None else self.launch.merge_statistics(partials, *e.merge)
+            return y, self.launch.statistics(y, e.groups, e.merge)
         if e.mode != "batch_norm_grad":
             return reference.finish(y, e)
         g, partials = self.launch.activation_grad(y, e.saved, e.state, e.activation, e.slope)

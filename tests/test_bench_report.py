@@ -6,7 +6,9 @@ import sys
 import pytest
 
 from bench import record, report
-from bench.report import BEGIN, END, faults, newest, records, significant, table, unrecorded
+from bench.pages import page
+from bench.pages.records import newest, records, significant
+from bench.report import BEGIN, END, faults, table, unrecorded
 from dcgan.errors import InputError, run_command
 
 README = f"# A title\n\n{BEGIN}\n{END}\n\nImages of 64×64, 128 filters, 9/16 of the multiplications.\n"
@@ -16,13 +18,24 @@ B64 = {
     "ours": "fused",
 }  # fmt: skip
 
+ROWS = [
+    {"suite": "peers", "name": "example", "p50_ms": 921.04},
+    {
+        "suite": "ops",
+        "name": "conv_bn_act/D2/forward/triton/bf16/b128",
+        "tflops": 512.3,
+        "gbps": 1834.0,
+        "over_library": 1.07,
+    },
+]
+
 
 def put(results, machine, day, gpu=None, **batches):
     folder = results / machine / f"2026-01-{day}_step"
     folder.mkdir(parents=True)
     environment = {"date": f"2026-01-{day}T00:00:00Z", "cpu": "Abacus", "threads": 2, "gpu": gpu}
     (folder / "env.json").write_text(json.dumps(environment | {"commit": "c0ffee" * 7, "dirty": False}))
-    (folder / "rows.jsonl").write_text(json.dumps({"suite": "peers", "name": "example", "p50_ms": 921.04}) + "\n")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     if batches:
         (folder / "summary.json").write_text(json.dumps({"cpu": "Abacus", "commit": "c0ffee", **batches}))
     return folder
@@ -73,6 +86,14 @@ def test_the_command_writes_the_table_once_and_check_agrees(results, tmp_path, m
     assert run("--check") == (0, "") and run() == (0, "") and readme.read_text() == written
     readme.write_text(written.replace("412 ms", "312 ms"))
     assert run("--check")[0] == 3, "an edited figure"
+    readme.write_text(written)
+    shown = (results / page.NAME).read_text()
+    assert shown == page.render(records(results)) and "Big GPU" in shown
+    (results / page.NAME).write_text(shown.replace("412", "312"))
+    code, error = run("--check")
+    assert code == 3 and "report.html is stale" in error and "table" not in error
+    (results / page.NAME).unlink()
+    assert run("--check")[0] == 3 and run()[0] == 0 and run("--check")[0] == 0
     readme.write_text(README.replace(END, ""))
     assert run()[0] == 2 and run("--check")[0] == 2
     readme.unlink()
@@ -91,6 +112,8 @@ def test_the_command_writes_the_table_once_and_check_agrees(results, tmp_path, m
         ("712 µs at 155 images/s", []),
         ("1,084 ms; 3,680 images/s", ["1,084 ms", "3,680 images/s"]),
         ("```\n17 ms\n```", []),
+        ("512 TFLOP/s, 1,834 GB/s, 1.8 TB/s, 1.07×", []),
+        ("513 TFLOP/s, 1.9 TB/s, 1.08×", ["513 TFLOP/s", "1.9 TB/s", "1.08×"]),
         ("790 TFLOP/s, 64 images, 20 steps, 1e-10", ["790 TFLOP/s"]),
     ],
 )

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import bench_step, ceilings, timing
+from bench import bench_ops, bench_step, ceilings, ops, timing
 from bench.bench_step import measure, several
 from bench.peers import ladder
 from bench.peers.ladder import Rung
+from bench.subjects import layers
 from dcgan.arch import Arch
 
 ARCH, CPU, IMAGES = Arch(image_size=16, nz=8, ngf=8, ndf=8), torch.device("cpu"), 4
@@ -30,7 +31,8 @@ class Fixture(SimpleNamespace):
 
 @pytest.fixture(autouse=True)
 def known_ceilings(monkeypatch):
-    monkeypatch.setattr(bench_step, "measured", lambda device: ceilings.Measured({"fp32": 1.0, "bf16": 2.0}, 1.0))
+    for module in (bench_ops, bench_step):
+        monkeypatch.setattr(module, "measured", lambda device: ceilings.Measured({"fp32": 1.0, "bf16": 2.0}, 1.0))
 
 
 def test_a_row_has_quantiles_images_a_second_and_its_part_of_the_floor():
@@ -71,6 +73,65 @@ def test_a_round_is_its_steps():
 
 
 def test_rows_are_few_on_a_cpu_and_all_can_run():
-    if bench_step.DEVICE.type == "cpu":
+    if bench_step.DEVICE.type == "cpu" and not bench_step.FULL:
         rungs = {row.values[0].name for row in bench_step.ROWS}
         assert rungs == {"example", "example+bf16+channels_last+frozen", "fused", "fused+bf16"}
+        assert len(bench_step.ROWS) == 7 and len(bench_ops.rows()) < 30
+
+
+def test_the_whole_grid_is_asked_for_by_the_environment(monkeypatch):
+    few = set(bench_step.points())
+    monkeypatch.setattr(bench_step, "FULL", True)
+    every = list(bench_step.points())
+    assert {images for _, arch, images in every if arch == bench_step.BASE} >= {32, 4096}
+    assert {arch.image_size for _, arch, _ in every} == {32, 64, 128, 256}
+    assert {arch.ngf for _, arch, _ in every} == {32, 64, 128} and len(few) < len(every)
+    assert bench_step.row_id(FUSED, Arch(image_size=256), 8) == "fused-256px-f64-b8"
+
+
+# Single ops
+
+
+def op_row(direction="forward"):
+    return next(op for op in layers.step_ops(ARCH, 2, "fp32") if op.direction == direction and op.layer.batch_norm)
+
+
+def test_an_op_s_row_has_its_error_its_rates_and_its_part_of_the_floor():
+    fixture, work = Fixture([0.1] * 3), op_row()
+    bench_ops.measure(fixture, work, "eager", CPU)
+    info = fixture.extra_info
+    assert (info["recipe"], info["precision"], info["batch"]) == ("eager", "fp32", 2)
+    assert info["error_over_allowed"] <= 1 and 0 < info["p20_ms"] <= info["p50_ms"]
+    assert info["tflops"] == pytest.approx(sum(k.flops for k in work.work()) / info["p50_ms"] / 1e9)
+    assert info["roofline"] == pytest.approx(info["floor_ms"] / info["p50_ms"])
+
+
+def test_a_wrong_op_fails_before_it_is_timed(monkeypatch):
+    fixture, work = Fixture([0.1]), op_row("backward")
+    right = layers.fused
+    monkeypatch.setattr(layers, "fused", lambda op, recipe, x, *rest: right(op, recipe, x.flip(0), *rest))
+    bench_ops.built.cache_clear()
+    with pytest.raises(AssertionError, match="error over what is allowed"):
+        bench_ops.measure(fixture, work, "eager", CPU)
+    bench_ops.built.cache_clear()
+    assert fixture.calls == 0
+
+
+def test_what_is_timed_in_turn_is_what_was_right(monkeypatch):
+    """A recipe that is wrong has no times, the others have, and each stands beside the library's."""
+    work = next(w for w in ops.plan(ARCH, CPU, (2,)) if isinstance(w, ops.Problem))
+
+    def build(work, device):
+        subject = original(work, device)
+        subject.runs["triton"] = lambda: {name: t * 1.01 for name, t in subject.runs["library"]().items()}
+        subject.timed["triton"] = subject.timed["cuda"] = subject.call("library")
+        subject.runs["cuda"] = subject.runs["library"]
+        return subject
+
+    original = ops.build
+    monkeypatch.setattr(ops, "build", build)
+    monkeypatch.setattr(ops.Problem, "recipes", lambda self, device: ["library", "triton", "cuda"])
+    rows = {row.figures["recipe"]: row for row in ops.measure(work, CPU, None, seconds=0.1)}
+    assert rows["triton"].ok is False and "p50_ms" not in rows["triton"].figures
+    assert rows["cuda"].figures["over_library"] > 0 and rows["cuda"].figures["ours"] == "cuda"
+    assert rows["library"].figures["floor_ms"] is None and "over_library" not in rows["library"].figures

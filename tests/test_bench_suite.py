@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 import pytest
 import torch
 
-from bench import ceilings, profile, record, stages, suite
+from bench import ceilings, profile, record, suite
 from bench.group import Bench, Group, Plan
 from bench.peers import ladder
 from bench.peers.ladder import Rung
@@ -24,7 +24,8 @@ from dcgan.errors import run_command
 ARCH, CPU = Arch(image_size=16, nz=8, ngf=8, ndf=8), torch.device("cpu")
 SIZES = (64, 1 << 16)
 PLAN = Plan(ARCH, CPU, (4,), (2, 4), rounds=4, compile=False, ceiling_sizes=SIZES)
-ONLY = [name for name in suite.STAGES if name != "parity"]  # its tests are run already, beside these
+LONG = ("parity", "sanitize", "quality")  # each has tests of its own, beside these
+ONLY = [name for name in suite.STAGES if name not in LONG]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,8 @@ def test_rows_are_in_the_file_as_returned_and_well_formed(ran):
 
 def test_every_rung_has_a_row_and_those_that_ran_their_figures(ran):
     rows = {row["name"]: row for row in ran[1] if row["suite"] == "peers"}
-    assert set(rows) == {rung.name for rung in ladder.RUNGS}
+    assert {name for name in rows if "jax" not in name} == {rung.name for rung in ladder.RUNGS}
+    assert any("jax" in name for name in rows)
     for rung in ladder.RUNGS:
         row = rows[rung.name]
         if rung.graph or rung.compile:
@@ -143,7 +145,7 @@ def test_a_stage_that_raises_is_a_row_and_time_that_is_up_another(tmp_path, monk
     rows = suite.run(tmp_path / "a", PLAN, ["ceilings", "tune"], minutes=1.0)
     assert [(row["ok"], row["why"][:20]) for row in rows] == [
         (False, "OSError: disk on fir"),
-        (None, "the search for the t"),
+        (None, "needs a GPU and a pr"),
     ]
     (row,) = suite.run(tmp_path / "b", PLAN, ["step"], minutes=1e-9)
     assert row["ok"] is None and "no time left" in row["why"]
@@ -230,17 +232,16 @@ def test_staleness_names_the_sources_that_changed(tmp_path, monkeypatch):
     assert "changed, which ones that record does not say" in suite.staleness(tmp_path, now)
 
 
-def test_parity_reports_what_pytest_counted(tmp_path, monkeypatch):
-    good, bad = tmp_path / "test_good.py", tmp_path / "test_bad.py"
-    good.write_text("def test_a():\n    pass\n")
-    bad.write_text("def test_b():\n    assert False\n")
-    for paths, ok, counts in (
-        ((str(good),), True, {"passed": 1}),
-        ((str(good), str(bad)), False, {"passed": 1, "failed": 1}),
-    ):
-        monkeypatch.setattr(stages, "PARITY", paths)
-        (row,) = suite.run(tmp_path / f"out{ok}", PLAN, ["parity"], minutes=1.0)
-        assert row["ok"] is ok and {name: row[name] for name in counts} == counts
+def test_ops_are_verified_and_timed(ran):
+    rows = [row for row in ran[1] if row["suite"] == "ops" and row["ok"]]
+    assert {row["recipe"] for row in rows} == {"library", "eager"}
+    names = {row["name"].split("/")[0] for row in rows}
+    assert names >= {"conv", "conv_transpose", "wgrad", "conv_bn_act", "conv_transpose_act", "adam_step", "gan_loss"}
+    for row in rows:
+        assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] and row["error_over_allowed"] <= 1
+        assert row["roofline"] == pytest.approx(row["floor_ms"] / row["p50_ms"]) and row["gbps"] > 0
+    missing = {row["name"]: row["why"] for row in ran[1] if row["suite"] == "ops" and row["ok"] is None}
+    assert "CUDA device" in missing["triton"] and set(missing) == {"triton", "cuda"}
 
 
 def test_ceilings_are_rates(monkeypatch):

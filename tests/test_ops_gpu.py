@@ -1,4 +1,6 @@
-"""The ops of a step inside a CUDA graph, replayed: only on a GPU, and not yet run on one."""
+"""The ops inside a CUDA graph and under torch.compile: only on a GPU, and not yet run on one."""
+
+import functools
 
 import pytest
 import torch
@@ -7,6 +9,83 @@ import kernels
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 STEPS = 5
+FUSED = ("library", "triton", "cuda")
+
+
+def skip_where_it_cannot_run(backend):
+    if reason := kernels.dispatch.why_not(backend, torch.device("cuda"), torch.float32):
+        pytest.skip(reason)
+
+
+def captured(run):
+    """A CUDA graph of `run`, which is run once before, as kernels compile at their first call."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+    return graph, result
+
+
+def layer(kind, backend, compiled=False):
+    """A convolution of either kind with batch norm, forward and backward, as a function of its input."""
+    g = torch.Generator().manual_seed(0)
+    weight = (torch.randn(16, 16, 4, 4, generator=g) * 0.1).cuda().contiguous(memory_format=torch.channels_last)
+    weight.requires_grad_()
+    norm = [torch.ones(16, device="cuda", requires_grad=True), torch.zeros(16, device="cuda", requires_grad=True)]
+    running = [torch.zeros(16, device="cuda"), torch.ones(16, device="cuda")]
+    op = functools.partial(getattr(kernels, f"{kind}_bn_act"), groups=2, backend=backend)
+    if compiled:
+        op = torch.compile(op, fullgraph=True)
+
+    def run(x):
+        y = op(x, weight, *norm, *running)
+        return y.detach(), *torch.autograd.grad(y.square().sum(), (weight, *norm))
+
+    return run, running
+
+
+@pytest.fixture
+def x():
+    images = torch.randn(4, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+    return images.cuda().contiguous(memory_format=torch.channels_last)
+
+
+@pytest.fixture(autouse=True)
+def without_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def assert_alike(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm().clamp(min=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["conv", "conv_transpose"])
+@pytest.mark.parametrize("backend", FUSED)
+def test_a_layer_in_a_graph_is_the_layer(backend, kind, x):
+    skip_where_it_cannot_run(backend)
+    run, running = layer(kind, backend)
+    graph, result = captured(lambda: run(x))
+    x.copy_(x.flip(0) * 2)
+    for tensor, start in zip(running, (0.0, 1.0), strict=True):
+        tensor.fill_(start)
+    graph.replay()
+    plain, moved = layer(kind, "eager")
+    assert_alike(result, plain(x))
+    assert_alike(running, moved)
+
+
+@pytest.mark.parametrize("kind", ["conv", "conv_transpose"])
+@pytest.mark.parametrize("backend", ["eager", *FUSED])
+def test_a_layer_compiles_without_graph_breaks(backend, kind, x):
+    skip_where_it_cannot_run(backend)
+    run, _ = layer(kind, backend, compiled=True)
+    plain, _ = layer(kind, "eager")
+    assert_alike(run(x), plain(x))
 
 
 class Step:
@@ -45,33 +124,25 @@ class Step:
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("backend", ["eager", "triton", "cuda"])
 def test_a_replayed_graph_is_the_same_steps_run_one_by_one(backend, scaled):
-    if reason := kernels.dispatch.why_not(backend, torch.device("cuda"), torch.float32):
-        pytest.skip(reason)
-    plain, captured = Step("eager", "cuda", scaled), Step(backend, "cuda", scaled)
-    initial = [t.clone() for t in captured.moved()]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        captured.run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured.run()
-    for tensor, value in zip(captured.moved(), initial, strict=True):
-        tensor.copy_(value)
+    skip_where_it_cannot_run(backend)
+    plain, ours = Step("eager", "cuda", scaled), Step(backend, "cuda", scaled)
+    initial = [t.clone() for t in ours.moved()]
+    graph, _ = captured(ours.run)
+    for tensor, value in zip(ours.moved(), initial, strict=True):
+        with torch.no_grad():
+            tensor.copy_(value)
     for _ in range(STEPS):
         plain.run()
         graph.replay()
     torch.cuda.synchronize()
-    for ours, theirs in zip(captured.moved(), plain.moved(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    assert captured.step == STEPS and captured.cursor == 4 * STEPS
+    for got, expected in zip(ours.moved(), plain.moved(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert ours.step == STEPS and ours.cursor == 4 * STEPS
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_the_same_bits_run_after_run(backend):
-    if reason := kernels.dispatch.why_not(backend, torch.device("cuda"), torch.float32):
-        pytest.skip(reason)
+    skip_where_it_cannot_run(backend)
     logits = torch.randn(2 * 1000, device="cuda")
     first = kernels.gan_loss(logits, (True, False), backend=backend)
     for _ in range(100):

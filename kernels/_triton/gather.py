@@ -87,7 +87,7 @@ def gather(
         flip: (length,) uint8, by place in the permutation: not 0 mirrors the image left to right; none is where None.
         dtype: of the result.
         channels: of the result; those past C are zeros (four make an RGB pixel one 8-byte load).
-        ticket: of `new_ticket`, zero and kept by the caller; one is made where None.
+        ticket: (1,) int32 zero, kept by the caller; one that the stream's launches share where None.
         out: where the result goes; a new tensor where None.
 
     Returns:

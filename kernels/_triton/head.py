@@ -192,10 +192,8 @@ def prepare_head(
     per_group, pixels, channels = _check(y, weight, state, activation)
     groups = state.shape[1]
     if scale is not None and (scale.dtype != torch.float32 or not scale.numel() or scale.device != y.device):
-        raise ValueError(
-            f"scale is {scale.dtype} {tuple(scale.shape)} on {scale.device}: "
-            f"expected float32 on {y.device}, its first element the scale"
-        )
+        got = f"{scale.dtype} {tuple(scale.shape)} on {scale.device}"
+        raise ValueError(f"scale is {got}: expected float32 on {y.device}, its first element the scale")
     logits, dlogits = (y.new_empty((y.shape[0],), dtype=torch.float32) for _ in range(2))
     means = logits.new_empty((2, groups))
     arguments = {
@@ -221,7 +219,7 @@ def head(
         activation, slope: of the layer before.
         scale: float32 on the device, whose first element multiplies dlogits (a `loss_scale` of `adam` will do); none
             where None. Losses and probabilities stay as they are.
-        ticket: of `new_ticket`, zero and kept by the caller; one is made where None.
+        ticket: (1,) int32 zero, kept by the caller; one that the stream's launches share where None.
 
     Returns:
         logits (N,), dlogits (N,): the gradient of the sum over groups of each group's mean loss, and means (2, groups):

@@ -39,19 +39,10 @@ def last_program(ticket, programs):
     return last
 
 
-def new_ticket(like: Tensor) -> Tensor:
-    """A ticket on `like`'s device: (1,) int32 zero, a kernel to write.
-
-    Launchers that get none make one each time. A step that runs in a CUDA graph makes its own beforehand, one for each
-    place that could run at the same moment as another, and saves the kernel.
-    """
-    return torch.zeros(1, dtype=torch.int32, device=like.device)
-
-
 def check_ticket(ticket: Tensor | None, like: Tensor) -> Tensor:
-    """`ticket`, or a new one; ValueError where it is none."""
+    """`ticket`, or one of the stream's; ValueError where it is none."""
     if ticket is None:
-        return new_ticket(like)
+        return tickets(like, 1)[:1]
     if ticket.dtype != torch.int32 or ticket.shape != (1,) or ticket.device != like.device:
         raise ValueError(
             f"ticket is {ticket.dtype} {tuple(ticket.shape)} on {ticket.device}: "

@@ -1,0 +1,1 @@
+"""The page of all records, and the records as it reads them."""

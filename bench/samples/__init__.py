@@ -1,0 +1,1 @@
+"""How alike generated and real pictures are, and whether two groups of runs differ."""

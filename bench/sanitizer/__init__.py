@@ -1,0 +1,1 @@
+"""What `bench.sanitize` runs under compute-sanitizer."""

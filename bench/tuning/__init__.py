@@ -1,0 +1,1 @@
+"""The search behind `bench.tune`: candidates, compiled ahead, checked, timed, chosen."""

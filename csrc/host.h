@@ -1,0 +1,296 @@
+// CUDA's threads, shared memory, barriers, shuffles and 16-bit types in plain C++, so that the kernels' own sources
+// run on a CPU: for tests alone. g++ -std=c++20 -DDCGAN_HOST -x c++ -shared -fPIC -fno-strict-aliasing csrc/*.cu
+//
+// Blocks run one after another. A block's threads are fibers (ucontext), one after another too: each runs until it
+// ends, or waits at a barrier or in a warp's collective; when all that must arrive have, they go on. So runs repeat
+// exactly, and `host_reverse(1)`, which turns the order of threads and blocks around, tells kernels whose threads race
+// by another result. What can never go on (a barrier some lanes skip) ends the process with a message.
+// `static` shared memory keeps what the block before left, as on a GPU.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <source_location>
+#include <type_traits>
+#include <vector>
+
+#include "host_float.h"
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static
+#define DYNAMIC_SHARED(name) unsigned char* name = host::state.shared
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+
+namespace host {
+
+constexpr int MAX_THREADS = 1024, WARP = 32;
+constexpr size_t STACK_BYTES = 128 << 10;
+
+struct Thread {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  uint3 index;
+  enum { RUNS, AT_BARRIER, IN_COLLECTIVE, ENDED } state;
+  // of a collective: its mask, where in the source it stands, what this lane brought, and where its result goes
+  unsigned mask;
+  unsigned line;
+  const void* in;
+  void* out;
+};
+
+struct State {
+  std::vector<Thread> threads{MAX_THREADS};
+  int count = 0, current = 0;
+  bool reverse = false;
+  uint64_t first_block = 0, last_block = UINT64_MAX;
+  uint3 block{};
+  dim3 block_dim, grid_dim;
+  unsigned char* shared = nullptr;
+  ucontext_t scheduler;
+  const std::function<void()>* body = nullptr;
+  const void* scheduler_stack = nullptr;  // for AddressSanitizer, which must know which stack is in use
+  size_t scheduler_bytes = 0;
+
+  Thread& self() { return threads[current]; }
+};
+inline State state;
+
+[[noreturn]] inline void fail(const char* what, unsigned line) {
+  const auto [x, y, z] = state.self().index;
+  std::fprintf(stderr, "host.h: %s (thread %u,%u,%u, line %u)\n", what, x, y, z, line);
+  std::abort();
+}
+
+inline void start_switch([[maybe_unused]] void** fake, [[maybe_unused]] const void* stack, [[maybe_unused]] size_t n) {
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_start_switch_fiber(fake, stack, n);
+#endif
+}
+
+inline void finish_switch([[maybe_unused]] void* fake, [[maybe_unused]] bool to_fiber) {
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(
+      fake, to_fiber ? &state.scheduler_stack : nullptr, to_fiber ? &state.scheduler_bytes : nullptr);
+#endif
+}
+
+// From a thread back to the scheduler, until that comes back to it (never, once it has ended).
+inline void yield() {
+  Thread& me = state.self();
+  void* fake = nullptr;
+  start_switch(me.state == Thread::ENDED ? nullptr : &fake, state.scheduler_stack, state.scheduler_bytes);
+  swapcontext(&me.context, &state.scheduler);
+  finish_switch(fake, true);
+}
+
+inline void thread_main() {
+  finish_switch(nullptr, true);
+  (*state.body)();
+  state.self().state = Thread::ENDED;
+  yield();
+}
+
+inline void resume(int t) {
+  state.current = t;
+  void* fake = nullptr;
+  start_switch(&fake, state.threads[t].stack.get(), STACK_BYTES);
+  swapcontext(&state.scheduler, &state.threads[t].context);
+  finish_switch(fake, false);
+}
+
+inline void run_block() {
+  const int n = state.count;
+  for (int t = 0; t < n; ++t) {
+    Thread& thread = state.threads[t];
+    if (!thread.stack) thread.stack.reset(new char[STACK_BYTES]);
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(thread.stack.get(), STACK_BYTES);  // frames that the block before never left
+#endif
+    const unsigned x = state.block_dim.x, y = state.block_dim.y;
+    thread.index = {t % x, t / x % y, t / (x * y)};
+    thread.state = Thread::RUNS;
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = thread.stack.get();
+    thread.context.uc_stack.ss_size = STACK_BYTES;
+    makecontext(&thread.context, thread_main, 0);
+  }
+  for (int ended = 0; ended < n;) {
+    bool progress = false;
+    int waiting = 0;
+    ended = 0;
+    for (int i = 0; i < n; ++i) {
+      const int t = state.reverse ? n - 1 - i : i;
+      if (state.threads[t].state == Thread::RUNS) resume(t), progress = true;
+      waiting += state.threads[t].state == Thread::AT_BARRIER;
+      ended += state.threads[t].state == Thread::ENDED;
+    }
+    if (waiting && waiting + ended == n) {
+      for (int t = 0; t < n; ++t)
+        if (state.threads[t].state == Thread::AT_BARRIER) state.threads[t].state = Thread::RUNS;
+    } else if (!progress && ended < n) {
+      for (int t = 0; t < n; ++t)
+        if (state.threads[t].state != Thread::ENDED) state.current = t;
+      fail("deadlock: a barrier or a collective that not all threads reach", state.self().line);
+    }
+  }
+}
+
+// A step that a warp takes together, for shuffles, votes and matrix fragments. Each lane of `mask` brings an In and
+// leaves with an Out; once all are there one of them calls `step(in, out)`, over arrays of 32 pointers that are null
+// for lanes outside the mask:
+//
+//   Fragment d = host::warp_collective<Fragment>(0xffffffffu, operands, [](const Operands* const* in, Fragment** out) {
+//     ...in[lane]->a...; *out[lane] = ...;
+//   });
+template <class Out, class In, class Step>
+Out warp_collective(
+    unsigned mask, const In& in, Step step, std::source_location where = std::source_location::current()) {
+  Out out{};
+  Thread& me = state.self();
+  const int first = state.current / WARP * WARP, lane = state.current % WARP;
+  if (!(mask >> lane & 1)) fail("a collective whose mask leaves out the calling lane", where.line());
+  me.state = Thread::IN_COLLECTIVE, me.mask = mask, me.line = where.line(), me.in = &in, me.out = &out;
+  const In* ins[WARP] = {};
+  Out* outs[WARP] = {};
+  for (int l = 0; l < WARP; ++l) {
+    if (!(mask >> l & 1)) continue;
+    if (first + l >= state.count) fail("a collective whose mask names lanes beyond the block", where.line());
+    Thread& other = state.threads[first + l];
+    if (other.state != Thread::IN_COLLECTIVE) {
+      yield();  // the last to arrive sets this lane going again, its result in `out`
+      return out;
+    }
+    if (other.mask != mask || other.line != me.line) fail("lanes meet in different collectives", where.line());
+    ins[l] = static_cast<const In*>(other.in), outs[l] = static_cast<Out*>(other.out);
+  }
+  step(static_cast<const In* const*>(ins), static_cast<Out**>(outs));
+  for (int l = 0; l < WARP; ++l)
+    if (mask >> l & 1) state.threads[first + l].state = Thread::RUNS;
+  return out;
+}
+
+template <class T>
+T shuffle(unsigned mask, T value, int (*source)(int lane, int by), int by, std::source_location where) {
+  struct Ask {
+    T value;
+    int from;
+  };
+  const int lane = state.current % WARP;
+  return warp_collective<T>(
+      mask, Ask{value, source(lane, by)},
+      [](const Ask* const* in, T** out) {
+        for (int l = 0; l < WARP; ++l) {
+          if (!in[l]) continue;
+          const int from = in[l]->from;
+          *out[l] = from >= 0 && from < WARP && in[from] ? in[from]->value : in[l]->value;
+        }
+      },
+      where);
+}
+
+}  // namespace host
+
+extern "C" {
+__attribute__((used)) inline void host_reverse(int on) { host::state.reverse = on; }
+
+// Run only these blocks of the next grids, x counting fastest: those far out in a tensor that is too large to test.
+__attribute__((used)) inline void host_blocks(uint64_t first, uint64_t last) {
+  host::state.first_block = first, host::state.last_block = last;
+}
+}
+
+template <class... P, class... A>
+cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t, A... arguments) {
+  auto& s = host::state;
+  s.count = int(block.x * block.y * block.z);
+  if (s.count < 1 || s.count > host::MAX_THREADS || !grid.x || !grid.y || !grid.z) return cudaErrorInvalidValue;
+  const std::function<void()> body = [&] { kernel(P(arguments)...); };
+  s.body = &body, s.block_dim = block, s.grid_dim = grid;
+  const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z, last = s.last_block < blocks ? s.last_block : blocks - 1;
+  for (uint64_t i = s.first_block; i <= last; ++i) {
+    const uint64_t b = s.reverse ? s.first_block + last - i : i;
+    s.block = {unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / (uint64_t(grid.x) * grid.y))};
+    s.shared = shared ? static_cast<unsigned char*>(std::aligned_alloc(1024, (shared + 1023) / 1024 * 1024)) : nullptr;
+    if (s.shared) std::memset(s.shared, 0xff, shared);  // NaN in every type
+    host::run_block();
+    std::free(s.shared);
+  }
+  return cudaSuccess;
+}
+
+#define threadIdx (host::state.self().index)
+#define blockIdx (host::state.block)
+#define blockDim (host::state.block_dim)
+#define gridDim (host::state.grid_dim)
+
+#define HOST_WHERE std::source_location where = std::source_location::current()
+
+inline void __syncthreads() {
+  host::state.self().state = host::Thread::AT_BARRIER;
+  host::yield();
+}
+
+inline void __syncwarp(unsigned mask = 0xffffffffu, HOST_WHERE) {
+  host::warp_collective<int>(mask, 0, [](const int* const*, int**) {}, where);
+}
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int lane, HOST_WHERE) {
+  return host::shuffle(mask, value, [](int, int by) { return by; }, lane, where);
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int by, HOST_WHERE) {
+  return host::shuffle(mask, value, [](int lane, int by) { return lane ^ by; }, by, where);
+}
+
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, int by, HOST_WHERE) {
+  return host::shuffle(mask, value, [](int lane, int by) { return lane + by; }, by, where);
+}
+
+inline void __threadfence() {}
+
+inline unsigned atomicInc(unsigned* at, unsigned last) {  // the old value; `last` is followed by 0
+  const unsigned old = *at;
+  *at = old >= last ? 0 : old + 1;
+  return old;
+}

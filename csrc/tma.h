@@ -1,0 +1,144 @@
+// Hopper's asynchronous machinery: barriers in shared memory, boxes by TMA, and products of a warpgroup by wgmma. Each
+// primitive is a line of PTX, and over host.h the same thing modelled after the PTX ISA, bit for bit of its addresses.
+//
+// Operand tiles have rows of 128 bytes, 64 elements, in the 128-byte swizzle: the number of a 16-byte chunk, bits 4 to
+// 6 of its address, is xored with its row, bits 7 to 9. So tiles start at multiples of 1024 bytes. TMA writes it so,
+// and wgmma reads it so.
+#pragma once
+
+#include "common.h"
+
+#ifdef DCGAN_HOST
+#define __grid_constant__
+
+struct TensorMap {
+  const unsigned char* base;
+  int rank, element_bytes;
+  int64_t sizes[5], strides[5];  // elements, bytes; innermost first
+  int box[5];
+};
+#else
+#include <cuda.h>
+
+using TensorMap = CUtensorMap;
+#endif
+
+constexpr int MAX_RANK = 5;
+constexpr int ROW_BYTES = 128, ATOM_BYTES = 1024;  // of the swizzle: a row, and eight rows
+
+__device__ __forceinline__ uint32_t shared_address(const void* at) {
+#ifdef DCGAN_HOST
+  return uint32_t(static_cast<const unsigned char*>(at) - host::state.shared);
+#else
+  return uint32_t(__cvta_generic_to_shared(at));
+#endif
+}
+
+__device__ __forceinline__ uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+
+// ---- mbarrier: a phase ends when all arrivals are in and all announced bytes have come; waits name its parity ----
+
+#ifdef DCGAN_HOST
+struct HostBarrier {  // in the barrier's 8 bytes
+  int32_t bytes;
+  uint16_t missing;
+  uint8_t arrivals, phase;
+
+  void settle() {
+    if (!missing && !bytes) missing = arrivals, phase ^= 1;
+  }
+};
+inline HostBarrier& host_barrier(uint64_t* barrier) { return *reinterpret_cast<HostBarrier*>(barrier); }
+#endif
+
+__device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
+#ifdef DCGAN_HOST
+  host_barrier(barrier) = {0, uint16_t(arrivals), uint8_t(arrivals), 0};
+#else
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+#endif
+}
+
+// After barrier_init and before a __syncthreads, so that TMA sees the barriers.
+__device__ __forceinline__ void barrier_init_fence() {
+#ifndef DCGAN_HOST
+  asm volatile("fence.mbarrier_init.release.cluster;\n fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
+#ifdef DCGAN_HOST
+  auto& b = host_barrier(barrier);
+  if (!b.missing) host::fail("more arrivals at a barrier than it was made for", __LINE__);
+  --b.missing, b.settle();
+#else
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void barrier_arrive_expecting(uint64_t* barrier, int bytes) {
+#ifdef DCGAN_HOST
+  host_barrier(barrier).bytes += bytes;
+  barrier_arrive(barrier);
+#else
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+#endif
+}
+
+// Until the phase of this parity is over; that before the first counts as over, with parity 1.
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
+#ifdef DCGAN_HOST
+  for (int turns = 0; host_barrier(barrier).phase == parity; ++turns) {
+    if (turns == 1 << 14) host::fail("a barrier whose phase never ends", __LINE__);
+    host::yield();
+  }
+#else
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+#endif
+}
+
+// ---- TMA: a box of a tensor into shared memory, swizzled; what is outside of the tensor comes as zeros ----
+
+template <int RANK>
+__device__ __forceinline__ void load_box(void* to, const TensorMap& map, const int (&at)[RANK], uint64_t* barrier) {
+#ifdef DCGAN_HOST
+  if (map.rank != RANK || shared_address(to) % ATOM_BYTES) host::fail("a box that its map does not describe", __LINE__);
+  const int bytes = map.element_bytes;
+  int64_t count = 1;
+  for (int d = 0; d < RANK; ++d) count *= map.box[d];
+  for (int64_t i = 0; i < count; ++i) {
+    int64_t rest = i, from = 0;
+    bool inside = true;
+    for (int d = 0; d < RANK; rest /= map.box[d++]) {
+      const int64_t index = at[d] + rest % map.box[d];
+      inside = inside && index >= 0 && index < map.sizes[d];
+      from += index * map.strides[d];
+    }
+    unsigned char* element = host::state.shared + swizzled(shared_address(to) + uint32_t(i * bytes));
+    if (inside) memcpy(element, map.base + from, bytes);
+    else memset(element, 0, bytes);
+  }
+  auto& b = host_barrier(barrier);
+  b.bytes -= int32_t(count * bytes), b.settle();
+#else
+  const uint32_t shared = shared_address(to), signal = shared_address(barrier);
+  if constexpr (RANK == 2)
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%3, %4}], [%2];"
+                 ::"r"(shared), "l"(&map), "r"(signal), "r"(at[0]), "r"(at[1]) : "memory");
+  else if constexpr (RANK == 4)
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%3, %4, %5, %6}], [%2];"
+                 ::"r"(shared), "l"(&map), "r"(signal), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]) : "memory");
+  else
+    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];"
+                 ::"r"(shared), "l"(&map), "r"(signal), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(at[4])
+                 : "memory");
+#endif
+}

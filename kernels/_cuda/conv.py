@@ -1,0 +1,152 @@
+"""The k4 s2 p1 products by the extension: the RGB ends, and between maps of many channels on the tensor cores.
+
+The latter, csrc/conv_sm90.cu and csrc/conv_sm80.cu, are the challenger to Triton's and cuDNN's: forward passes in 16
+bits, channels in multiples of 64. `missing` says what the extension leaves to other backends.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels._cuda import image
+from kernels._cuda import launch as _launch
+from kernels._cuda.epilogue import check_conv, check_conv_transpose, check_epilogue, output
+from kernels._cuda.launch import DTYPES, slope_of
+from kernels.geometry import Epilogue, Partials
+
+TILE_PIXELS, DEPTH = 128, 64
+"""As in csrc/conv_tile.h: pixels of a tile, and how many input channels it takes at a time."""
+COLUMNS = {"sm90": (256, 128, 64), "sm80": (128, 64)}
+"""Output channels of a tile, by the source that has it: for capability 9.0 alone, and from 8.0 on."""
+SMS = {"sm90": 132, "sm80": 108}
+"""Of the largest chips, H200 and A100: a tile is chosen so that each has one."""
+PRECISIONS = ("ieee", "tf32")
+
+
+def missing(kernel: str, first: Tensor, second: Tensor, epilogue: Epilogue | None = None) -> str | None:
+    """Why the extension has no kernel for a call of `kernel`, `conv`, `conv_transpose` or `wgrad`; None where it has.
+
+    Args:
+        first, second: its two tensors: x and weight, or low and high.
+    """
+    low, high = (second.shape[0], second.shape[3]) if kernel != "wgrad" else (first.shape[3], second.shape[3])
+    reason = image.missing(high, low, kernel)
+    if reason is None or high <= max(image.IMAGE_CHANNELS):
+        return reason
+    if kernel == "wgrad":
+        return f"{low} × {high} channels: the extension's weight gradient is of images"
+    if first.dtype == torch.float32:
+        return "float32: the extension's tensor-core convolutions take bfloat16 and float16"
+    if low % DEPTH or high % DEPTH:
+        return f"{low} × {high} channels: the extension's tensor-core convolutions take multiples of {DEPTH}"
+    mode = (epilogue or Epilogue()).mode
+    if mode not in ("statistics", "activation") or (epilogue and epilogue.activation == "tanh"):
+        return f"an epilogue of {mode}, {epilogue.activation}: the extension's are statistics and (leaky) ReLU"
+    return None
+
+
+def source(tensor: Tensor) -> str:
+    """Which source's kernels the tensor's device runs, `sm90` or `sm80`; `sm90` where there is no GPU."""
+    gpu = tensor.device.type == "cuda"
+    return "sm80" if gpu and torch.cuda.get_device_capability(tensor.device)[0] != 9 else "sm90"
+
+
+def box(height: int, width: int) -> tuple[int, int]:
+    """Height and width of a tile's box of pixels, as square as powers of two let it be."""
+    wide = min(1 << (width - 1).bit_length(), 16)
+    return min(1 << (height - 1).bit_length(), TILE_PIXELS // wide), wide
+
+
+def boxes(images: int, height: int, width: int) -> int:
+    """How many boxes cover `images` pictures."""
+    h, w = box(height, width)
+    return -(-images // (TILE_PIXELS // (h * w))) * -(-height // h) * -(-width // w)
+
+
+def columns_of(tiles: int, out: int, source: str = "sm90") -> int:
+    """Output channels of a tile, where `tiles` boxes (and phases) are to be computed: as many as keep every SM busy."""
+    fitting = [c for c in COLUMNS[source] if c <= out]
+    return next((c for c in fitting if tiles * -(-out // c) >= 0.9 * SMS[source]), fitting[-1])
+
+
+def _product(
+    kernel: str, x: Tensor, weight: Tensor, e: Epilogue, sizes: tuple[int, ...], columns: int | None, to: Tensor | None
+) -> tuple[Tensor, Partials | None]:
+    images, height, width, into, out = sizes
+    scale = 2 if kernel == "conv_transpose" else 1
+    y = output(to, (images, scale * height, scale * width, out), x, x.dtype)
+    check_epilogue(e, y, images)
+    tiles = boxes(images // e.groups, height, width) * scale**2
+    values = counts = None
+    if e.statistics:
+        values = y.new_empty((2, e.groups, tiles, out), dtype=torch.float32)
+        counts = values.new_empty((e.groups, tiles))
+    made_for = source(x)
+    columns = columns or columns_of(e.groups * tiles, out, made_for)
+    if columns not in COLUMNS[made_for]:
+        raise ValueError(
+            f"config is {columns}: accepted on {made_for} are {COLUMNS[made_for]} output channels of a tile"
+        )
+    sizes = (images, e.groups, height, width, into, out, *box(height, width), columns)
+    op = f"{kernel}_{made_for}"
+    _launch.launch(op, x, weight, y, values, counts, DTYPES[x.dtype], *sizes, slope_of(e.activation, e.slope))
+    return y, Partials(values, counts) if e.statistics else None
+
+
+def conv(
+    x: Tensor, weight: Tensor, epilogue: Epilogue | None = None, precision: str = "ieee", config: int | None = None
+) -> tuple[Tensor, Partials | None]:
+    """Convolution of kernel 4, stride 2, padding 1, without bias, and its epilogue.
+
+    Args:
+        x: (N, 2H, 2W, C) bfloat16, float16 or float32, contiguous.
+        weight: (O, 4, 4, C) of x's dtype, contiguous: the layout that all products of a layer share.
+        epilogue: what happens to the accumulator; kept as it is where None.
+        precision: of float32 products: `ieee`, or `tf32`, which allows less and is not made use of.
+        config: output channels of a tile on the tensor cores, one of `COLUMNS`; a default where None.
+
+    Returns:
+        y (N, H, W, O) of x's dtype, and the tiles' `Partials` where the epilogue takes sums: an epilogue's `merge` is
+        left to the caller.
+
+    Raises:
+        ValueError: a shape, dtype, layout or configuration that does not fit, by name, or that `missing` names.
+    """
+    sizes = check_conv(x, weight)
+    e = _check("conv", x, weight, epilogue, precision)
+    if sizes[3] in image.IMAGE_CHANNELS:
+        return image.conv(x, weight, e)
+    return _product("conv", x, weight, e, sizes, config, None)
+
+
+def conv_transpose(
+    x: Tensor, weight: Tensor, epilogue: Epilogue | None = None, precision: str = "ieee", config: int | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Partials | None]:  # fmt: skip
+    """Transposed convolution of kernel 4, stride 2, padding 1, without bias, and its epilogue.
+
+    As `conv`, of x (N, H, W, C) by weight (C, 4, 4, O); y is (N, 2H, 2W, O), and goes to `out` where that is given.
+    """
+    sizes = check_conv_transpose(x, weight)
+    e = _check("conv_transpose", x, weight, epilogue, precision)
+    if sizes[4] in image.IMAGE_CHANNELS:
+        return image.conv_transpose(x, weight, e, out)
+    return _product("conv_transpose", x, weight, e, sizes, config, out)
+
+
+def wgrad(
+    low: Tensor, high: Tensor, precision: str = "ieee", config: int | None = None, out: Tensor | None = None
+) -> Tensor:
+    """Weight gradient (L, 4, 4, C) float32 of low (N, H, W, L) and an image high (N, 2H, 2W, C); in `out` if given."""
+    _check("wgrad", low, high, None, precision)
+    return image.wgrad(low, high, out)
+
+
+def _check(kernel: str, first: Tensor, second: Tensor, epilogue: Epilogue | None, precision: str) -> Epilogue:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}: accepted are {PRECISIONS}")
+    for name, tensor in (("the first tensor", first), ("the second", second)):
+        if tensor.ndim != 4:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: expected four dimensions")
+    if reason := missing(kernel, first, second, epilogue):
+        raise ValueError(f"{kernel} of {tuple(first.shape)} and {tuple(second.shape)} by the extension: {reason}")
+    return epilogue or Epilogue()

@@ -1,0 +1,75 @@
+"""Argument checks that the extension's convolutions share: the two maps or map and weight, and the epilogue."""
+
+import torch
+from torch import Tensor
+
+from kernels._cuda.launch import check_nhwc, check_tensor
+from kernels.geometry import Epilogue
+
+
+def check_conv(x: Tensor, weight: Tensor) -> tuple[int, int, int, int, int]:
+    """Images, low height and width, channels in and out of a convolution of x (N, 2H, 2W, C) by (O, 4, 4, C).
+
+    Raises:
+        ValueError: they do not fit, by name.
+    """
+    check_nhwc("x", x)
+    check_nhwc("weight", weight, x)
+    images, height, width, into = x.shape
+    if height % 2 or width % 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}: a k4 s2 p1 convolution here takes even heights and widths")
+    out = weight.shape[0]
+    check_tensor("weight", weight, (out, 4, 4, into), x.dtype, x)
+    return images, height // 2, width // 2, into, out
+
+
+def check_conv_transpose(x: Tensor, weight: Tensor) -> tuple[int, int, int, int, int]:
+    """As `check_conv`, of a transposed convolution of x (N, H, W, C) by (C, 4, 4, O)."""
+    check_nhwc("x", x)
+    check_nhwc("weight", weight, x)
+    images, height, width, into = x.shape
+    out = weight.shape[3]
+    check_tensor("weight", weight, (into, 4, 4, out), x.dtype, x)
+    if height * width * into >= 2**31:  # places within an image are 32-bit
+        raise ValueError(f"x has shape {tuple(x.shape)}: an image must have fewer than 2^31 elements")
+    return images, height, width, into, out
+
+
+def check_wgrad(low: Tensor, high: Tensor) -> tuple[int, int, int, int, int]:
+    """Images, low height and width, low and high channels of low (N, H, W, L) and high (N, 2H, 2W, C)."""
+    check_nhwc("low", low)
+    check_nhwc("high", high, low)
+    images, height, width, rows = low.shape
+    channels = high.shape[3]
+    check_tensor("high", high, (images, 2 * height, 2 * width, channels), low.dtype, low)
+    return images, height, width, rows, channels
+
+
+def output(out: Tensor | None, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
+    """`out`, once it fits, or a new tensor of `like`'s device."""
+    if out is None:
+        return like.new_empty(shape, dtype=dtype)
+    check_tensor("out", out, shape, dtype, like)
+    return out
+
+
+def check_epilogue(epilogue: Epilogue, out: Tensor, images: int) -> None:
+    """Raise ValueError where the epilogue does not fit an output (N, H, W, C), naming the argument."""
+    if epilogue.groups < 1 or images % epilogue.groups:
+        raise ValueError(f"groups is {epilogue.groups}: it must divide the batch of {images}")
+    if epilogue.activation not in ("none", "relu", "leaky_relu", "tanh"):
+        raise ValueError(f"activation is {epilogue.activation!r}: accepted are none, relu, leaky_relu and tanh")
+    if epilogue.statistics and (epilogue.activation != "none" or epilogue.saved is not None):
+        raise ValueError("statistics=True is of a raw output: it takes activation='none' and no saved tensor")
+    if epilogue.merge is not None and epilogue.mode not in ("statistics", "batch_norm_grad"):
+        raise ValueError(
+            "merge is given where the epilogue takes no sums: it needs statistics=True, or saved and state"
+        )
+    if epilogue.state is not None:
+        if epilogue.saved is None:
+            raise ValueError("state is given without saved: the batch-norm derivative needs the raw output")
+        if epilogue.activation == "tanh":
+            raise ValueError("activation is 'tanh': after batch norm, accepted are none, relu and leaky_relu")
+        check_tensor("state", epilogue.state, (4, epilogue.groups, out.shape[3]), torch.float32, out)
+    if epilogue.saved is not None:
+        check_tensor("saved", epilogue.saved, tuple(out.shape), out.dtype, out)
