@@ -27,11 +27,10 @@ class Average:
         """Take in the model as it is now."""
         ours = [*self.module.parameters(), *self.module.buffers()]
         theirs = [*(p.detach() for p in self.model.parameters()), *self.model.buffers()]
-        pairs = list(zip(ours, theirs, strict=True))
-        moving = [pair for pair in pairs if self.count and pair[0].is_floating_point()]
+        moving, copied = [], []
+        for pair in zip(ours, theirs, strict=True):
+            (moving if self.count and pair[0].is_floating_point() else copied).append(pair)
         if moving:
             torch._foreach_lerp_(*map(list, zip(*moving, strict=True)), 1 - self.decay)
-        for old, new in pairs:
-            if not (self.count and old.is_floating_point()):
-                old.copy_(new)
+        torch._foreach_copy_(*map(list, zip(*copied, strict=True)))
         self.count += 1

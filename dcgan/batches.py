@@ -32,8 +32,8 @@ def _free_bytes(device: torch.device) -> int:
 class Batches:
     """Shuffled batches of a uint8 image set, each picture once an epoch, the last batch of an epoch smaller.
 
-    A batch is in two parts: `seek` is the host's, and sends nothing to the device but a new epoch's order; `take` is
-    the device's, and reads no value of the host's, so that a CUDA graph can hold it.
+    A batch is in two parts: `seek` is the host's, and sends a new epoch's order to the device, or what is streamed;
+    `take` is the device's, and reads no value of the host's, so that a CUDA graph can hold it.
 
     Args:
         images: uint8 (N, H, W, C), as `dcgan.data.open_images` gives it; copied to the device where it is small

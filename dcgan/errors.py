@@ -20,10 +20,14 @@ def say(message: str) -> None:
         print(" ".join(message.splitlines()), file=sys.stderr, flush=True)
 
 
+WORDS = ("allocate memory", "out of memory", "overflow")
+"""In a RuntimeError's message, of memory that could not be had."""
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an exception is of memory that could not be had, on the host or on a device."""
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return known or (isinstance(error, RuntimeError) and any(w in str(error) for w in ("allocate memory", "overflow")))
+    return known or (isinstance(error, RuntimeError) and any(w in str(error) for w in WORDS))
 
 
 def run_command(main: Callable[[], int | None]) -> int:

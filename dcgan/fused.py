@@ -89,7 +89,8 @@ class FusedStep:
         """Take over what changed outside since the last step: weights, optimiser states.
 
         Returns:
-            Whether tensors are elsewhere than before, which voids a captured graph of this step.
+            Whether that voids a captured graph of this step: tensors are elsewhere, or an optimiser's options are not
+            what they were.
         """
         return bool(self.generator.refresh() | self.discriminator.refresh())
 

@@ -99,11 +99,11 @@ class Stack:
         return [{"layer": layer.name} | (product if layer.in_size == 1 else stack) for layer in self.layers]
 
     def refresh(self) -> bool:
-        """Take over what changed outside; True where tensors moved."""
-        moved = self.weights.refresh()
-        if moved:
+        """Take over what changed outside; True where that voids a captured graph."""
+        void = self.weights.refresh()
+        if void:
             self.bind()
-        return moved
+        return void
 
     def update(self) -> None:
         """Adam, from the gradients that `backward` left."""
@@ -266,7 +266,8 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> None:
 def last_group(kept: Kept, images: int) -> Kept:
     """The same of the last group alone."""
     state = None if kept.state is None else kept.state[:, -1:].contiguous()
-    return Kept(kept.x, kept.y[-images:], state)
+    y = kept.y[-images:]
+    return Kept(kept.x, y if y.data_ptr() % 16 == 0 else y.clone(), state)  # the kernels read whole 16 bytes
 
 
 def identity(groups: int, y: Tensor) -> Tensor:

@@ -76,6 +76,7 @@ class ReferenceStep:
             self.run_generator, self.run_discriminator = torch.compile(generator), torch.compile(discriminator)
         self.optimizer_g, self.optimizer_d = optimizer_g, optimizer_d
         self.update, self.precision = update, precision
+        self.dtype = next(generator.parameters()).dtype
         self.addresses: list[int] = []
         self.device_type = next(generator.parameters()).device.type
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=precision == "fp16")
@@ -105,10 +106,13 @@ class ReferenceStep:
         """No memory of its own to read images from; see `FusedStep.room`."""
 
     def refresh(self) -> bool:
-        """Whether a parameter is elsewhere than at the last call, which voids a captured graph of this step."""
-        models = (self.generator, self.discriminator)
-        before, self.addresses = self.addresses, [p.data_ptr() for model in models for p in model.parameters()]
-        return bool(before) and before != self.addresses
+        """Whether a parameter, or what its optimiser keeps of it, is elsewhere than at the last call, which voids a
+        captured graph of this step."""
+        tensors = [p for model in (self.generator, self.discriminator) for p in model.parameters()]
+        for optimizer in (self.optimizer_g, self.optimizer_d):
+            tensors += [t for entry in optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)]
+        before, self.addresses = self.addresses, [t.data_ptr() for t in tensors]
+        return before != self.addresses[: len(before)]  # the first step adds the optimisers' at the end
 
     def run(self, real: Tensor, z: Tensor) -> Tensor:
         """The device's part of a call, which is all of it."""

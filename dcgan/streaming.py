@@ -12,6 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+Chosen = Callable[[int, int], tuple[Tensor, Tensor | None]]
+"""From a step and a course of the data to the rows of its batch, and which of them are mirrored."""
+
 
 def send(values: Tensor, into: Tensor) -> None:
     """Copy a host tensor to a device's without waiting for the device."""
@@ -28,12 +31,13 @@ class Slot:
         self.filling: Future | None = None
         self.what: tuple[int, int] | None = None  # step and course
 
-    def fill(self, images: np.ndarray, chosen: np.ndarray, stream: "torch.cuda.Stream | None") -> None:
+    def fill(self, images: np.ndarray, chosen: "Chosen", stream: "torch.cuda.Stream | None") -> None:
         """On the thread: read the rows and send them, once the step before has read the room."""
-        n = len(chosen)
+        rows = chosen(*self.what)[0].numpy()  # which may draw a whole epoch's order
+        n = len(rows)
         if self.on_gpu:
             self.sent.synchronize()  # the staging memory is still being sent from
-        np.take(images, chosen, axis=0, out=self.staging[:n].numpy(), mode="clip")  # other modes read twice
+        np.take(images, rows, axis=0, out=self.staging[:n].numpy(), mode="clip")  # other modes read twice
         if self.on_gpu:
             with torch.cuda.stream(stream):
                 stream.wait_event(self.read)
@@ -63,7 +67,7 @@ class Ring:
         self,
         step: int,
         course: int,
-        chosen: Callable[[int, int], tuple[Tensor, Tensor | None]],
+        chosen: Chosen,
         mirrored: Tensor | None,
     ) -> int:
         """Have the batch of `step` in its slot, as far as work queued on the current stream can tell, and begin the
@@ -88,14 +92,14 @@ class Ring:
             flips = chosen(step, course)[1]
             send(flips, mirrored[first : first + len(flips)])
         if here.on_gpu:
-            torch.cuda.current_stream().wait_event(here.sent)
+            torch.cuda.current_stream(self.rows.device).wait_event(here.sent)
         self._begin(other, step + 1, course, chosen)
         return first
 
-    def _begin(self, slot: Slot, step: int, course: int, chosen: Callable) -> None:
+    def _begin(self, slot: Slot, step: int, course: int, chosen: Chosen) -> None:
         if slot.filling is not None:
             slot.filling.exception()  # a batch that nobody took is still on its way
         if slot.on_gpu:
-            slot.read.record()
+            slot.read.record(torch.cuda.current_stream(self.rows.device))
         slot.what = (step, course)
-        slot.filling = self.thread.submit(slot.fill, self.images, chosen(step, course)[0].numpy(), self.stream)
+        slot.filling = self.thread.submit(slot.fill, self.images, chosen, self.stream)

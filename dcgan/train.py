@@ -117,7 +117,7 @@ def check_backends(config: Config) -> None:
         if config.strict:
             raise InputError(f"--fused --strict: {reason}")
         say(f"warning: {reason}: training by --fused modules instead")
-        config.fused = "modules"
+        config.fused, config.cuda_graph = "modules", config.cuda_graph and config.precision != "fp16"
     if config.fused != "modules":
         return
     try:
@@ -274,6 +274,9 @@ def train(trainer: Trainer, config: Config, run: Path) -> int:
     if number is not None:
         say(f"stopped by signal {number} after step {trainer.step}; go on with --resume {run}")
         return 128 + number
+    ring = trainer.batches.ring
+    if ring is not None and ring.waited_s > 0.01 * trainer.clock.seconds:
+        say(f"note: the steps waited {ring.waited_s:.1f} s for pictures to be read")
     say(f"done: {trainer.step} steps in {trainer.clock.seconds:.1f} s · samples in {run / 'samples'} · {report}")
     return 0
 

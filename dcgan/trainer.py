@@ -285,5 +285,6 @@ class Trainer:
             size = self.config.batch_size
             advice = f"a run with --batch-size {max(1, size // 2)} would need about half"
             raise RunError(f"out of memory at step {self.step} with batches of {size}: {advice}; {last}") from error
-        if isinstance(error, getattr(torch, "AcceleratorError", ())):
+        of_device = isinstance(error, getattr(torch, "AcceleratorError", ()))
+        if of_device or str(error).startswith(("CUDA error", "Triton Error [CUDA]")):
             raise RunError(f"the device failed at step {self.step} ({error}); {last}") from error

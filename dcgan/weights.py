@@ -44,17 +44,10 @@ class Weights:
         self.model, self.optimizer, self.launch, self.dtype = model, optimizer, launch, dtype
         self.loss_scale, self.move_scale = loss_scale, move_scale
         parameters = list(model.parameters())
-        if len(optimizer.param_groups) != 1 or len(optimizer.param_groups[0]["params"]) != len(parameters):
-            raise ValueError(
-                f"the optimiser has {len(optimizer.param_groups)} groups: the fused update takes one of all"
-            )
-        for name, value in UNSERVED.items():
-            got = optimizer.param_groups[0].get(name, value)
-            if got != value:
-                raise ValueError(f"the optimiser has {name}={got}: the fused update takes {value} alone")
         self.step = torch.zeros((), dtype=torch.float32, device=parameters[0].device)
         self._seen: list[tuple[int, int]] = []
         self._place(parameters)
+        self._constants = self._read_constants()
 
     def _place(self, parameters: Sequence[Tensor]) -> None:
         """Make the tensors that belong to the parameters, where these are now."""
@@ -77,12 +70,13 @@ class Weights:
         return (parameter.detach() if copy is None else copy).permute(0, 2, 3, 1)
 
     def refresh(self) -> bool:
-        """Take over what changed outside: weights, optimiser state, addresses.
+        """Take over what changed outside: weights, optimiser state, addresses, options.
 
         Returns:
-            Whether the parameters are other tensors, or elsewhere, than at the last call: then everything that was
-            derived from their addresses is void.
+            Whether a captured graph is void: parameters or buffers are elsewhere than at the last call, or the
+            optimiser's rate or another of its options, which a graph holds as constants, is not what it was.
         """
+        before, self._constants = self._constants, self._read_constants()
         parameters = list(self.model.parameters())
         seen = [(p.data_ptr(), p._version) for p in parameters]
         moved = [at for at, _ in seen] != [at for at, _ in self._seen] if self._seen else False
@@ -98,7 +92,21 @@ class Weights:
             if pairs:
                 torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
             self._seen = [(p.data_ptr(), p._version) for p in self.parameters]
-        return moved
+        return moved or before != self._constants
+
+    def _read_constants(self) -> list:
+        """What a captured update holds beside the parameters' addresses.
+
+        Raises:
+            ValueError: an option that the fused update lacks.
+        """
+        groups = self.optimizer.param_groups
+        if len(groups) != 1 or len(groups[0]["params"]) != len(self.parameters):
+            raise ValueError(f"the optimiser has {len(groups)} groups: the fused update takes one of all")
+        for name, value in UNSERVED.items():
+            if (got := groups[0].get(name, value)) != value:
+                raise ValueError(f"the optimiser has {name}={got}: the fused update takes {value} alone")
+        return [groups[0][name] for name in ("lr", "betas", "eps")] + [b.data_ptr() for b in self.model.buffers()]
 
     def _adopt(self) -> None:
         """Copy the optimiser's state into our tensors, and put these in its place."""

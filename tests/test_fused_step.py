@@ -220,6 +220,23 @@ def test_packed_weights_follow_the_parameters():
     g.main[3].weight.data = torch.ones_like(g.main[3].weight)
     assert pair.fused.refresh() and (stack.stages[1].weight == 1).all()
     assert stack.stages[1].grad.data_ptr() == g.main[3].weight.grad.data_ptr()
+    assert not pair.fused.refresh()
+    pair.fused.optimizer_d.param_groups[0]["lr"] = 1e-3
+    assert pair.fused.refresh() and not pair.fused.refresh()
+    g.main[1].running_mean = torch.zeros_like(g.main[1].running_mean)
+    assert pair.fused.refresh() and not pair.fused.refresh()
+
+
+def test_the_reference_step_says_where_a_graph_of_it_is_void():
+    pair = Pair(CASES["batch 1"][0], dtype=torch.float32)
+    step = pair.reference
+    assert not step.refresh()
+    step(*pair.batch(3))
+    assert not step.refresh() and not step.refresh()  # the optimisers' states are new, and nothing has moved
+    step.optimizer_g.load_state_dict(copy.deepcopy(step.optimizer_g.state_dict()))
+    assert step.refresh() and not step.refresh()
+    pair.models[0][1].main[0].weight.data = pair.models[0][1].main[0].weight.data.clone()
+    assert step.refresh() and not step.refresh()
 
 
 @pytest.mark.parametrize(

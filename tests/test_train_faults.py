@@ -77,6 +77,19 @@ def out_of_memory(_):
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
+@pytest.mark.parametrize(
+    "said", ["Triton Error [CUDA]: an illegal memory access", "CUDA error: unspecified launch failure"]
+)
+def test_a_device_that_fails_ends_the_run_with_its_last_checkpoint(tmp_path, monkeypatch, capsys, said):
+    def fail(values):
+        raise RuntimeError(said)
+
+    sabotage(monkeypatch, lambda call: call == 6, fail)
+    assert run(*SMALL, *EVERY, "--steps", 12, "--out", tmp_path / "r") == 3
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "the device failed at step 5" in message and said in message and "step_00000004" in message
+
+
 def test_out_of_memory_suggests_a_batch_that_may_fit(tmp_path, monkeypatch, capsys):
     sabotage(monkeypatch, lambda call: call == 6, out_of_memory)
     assert run(*SMALL, *EVERY, "--steps", 12, "--out", tmp_path / "r") == 3

@@ -125,6 +125,7 @@ def nodes(arch, monkeypatch):
     models = networks(arch)
     ours = FusedStep(*models, *map(adam, models), precision="bf16", launch=launchers("triton"))
     real, z = batch(arch, 4, torch.Generator())
+    z = z.bfloat16()  # as the loop hands it over
     ours.refresh()
     names = []
     monkeypatch.setattr(launch.Launch, "run", lambda self: names.append(self.kernel.fn.__name__))
@@ -138,7 +139,7 @@ def nodes(arch, monkeypatch):
 
 
 def test_the_kernels_of_a_step_are_accounted_for(monkeypatch):
-    """A captured step is these, the gather, the noise and the addition to the metrics' sums."""
+    """A captured step is these, the gather and the addition to the metrics' sums."""
     triton, library = nodes(Arch(), monkeypatch)
     assert Counter(triton) == {
         "conv_kernel": 12,  # D1–D4 forward, twice; G5–G2's data gradients
@@ -153,8 +154,7 @@ def test_the_kernels_of_a_step_are_accounted_for(monkeypatch):
         "head_grad_kernel": 2,
         "adam_kernel": 2,
     }
-    assert library == ["_to_copy.default", "mm.default", "_to_copy.default", "_to_copy.default", "mm.out",
-                       "add.Tensor", "stack.default"]  # fmt: skip
+    assert library == ["mm.default", "_to_copy.default", "_to_copy.default", "mm.out", "add.Tensor", "stack.default"]
     on_gpu = len(library) - 2  # where a product of bfloat16 is float32 without casts
     larger = 1  # from some batch on G's last weight gradient is split, and summed by a kernel of its own
-    assert len(triton) + larger + on_gpu + len(("gather", "noise", "sums")) == 66
+    assert len(triton) + larger + on_gpu + len(("gather", "sums")) == 64
