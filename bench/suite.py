@@ -78,9 +78,11 @@ def file_hashes(root: Path = record.ROOT) -> dict[str, str]:
 
 
 def newest(results: Path) -> tuple[Path, dict] | None:
-    """The newest record of this machine under `results` and its environment; None where there is none."""
+    """The newest record of a step on this machine under `results`, and its environment; None where there is none."""
     found = []
     for path in sorted((results / record.machine()).glob("*/env.json")):
+        if not (path.parent / "summary.json").exists():
+            continue  # of something else than speed
         environment = json.loads(path.read_text())
         found.append((environment["date"], path.parent, environment))
     return max(found, key=lambda entry: entry[:2])[1:] if found else None

@@ -225,6 +225,10 @@ def test_staleness_names_the_sources_that_changed(tmp_path, monkeypatch):
             {"kernel_files": known} if known else {}
         )
         (folder / "env.json").write_text(json.dumps(environment))
+        (folder / "summary.json").write_text("{}")
+    quality = tmp_path / "abacus" / "2026-01-12_quality"  # which says nothing of speed
+    quality.mkdir()
+    (quality / "env.json").write_text('{"date": "2026-01-12T00:00:00Z"}')
     now = datetime(2026, 1, 13, tzinfo=UTC)
     line = suite.staleness(tmp_path, now)
     assert line == "abacus: newest record 2026-01-03_step is 10 days old; kernel sources changed since: dcgan/step.py"
