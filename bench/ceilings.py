@@ -18,15 +18,24 @@ COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
 """Past every cache: an H200's L2 holds 60 MB, a server CPU's L3 a few hundred at most, shared."""
 
 
+L2_BYTES = 8 << 20
+"""Of a copy that stays in L2: source and target together a quarter of an H200's."""
+REPEATED = 64
+
+
 @dataclass(frozen=True)
 class Measured:
     """matrix_tflops: 10^12 operations a second by precision (`bf16`, `fp32`, on a GPU `tf32`). copy_tbps: terabytes a
     second, read and written. spread: median over shortest time of each; far above 1 the machine was busy, and the rate
-    may be low."""
+    may be low. On a GPU also l2_tbps, a copy within L2, and the time from one small kernel to the next: node_us in a
+    CUDA graph, launch_us as launches; the three have not run on a GPU yet."""
 
     matrix_tflops: dict[str, float]
     copy_tbps: float
     spread: dict[str, float] = field(default_factory=dict)
+    l2_tbps: float | None = None
+    node_us: float | None = None
+    launch_us: float | None = None
 
     def of(self, precision: str) -> Ceilings:
         """As `bench.roofline` takes them."""
@@ -83,9 +92,34 @@ def measure(
     calls = {"bf16": product(half, False), "fp32": product(single, False), "copy": lambda: target.copy_(source)}
     if device.type == "cuda":
         calls["tf32"] = product(single, True)
+        small, inside = source[:1024], source[:L2_BYTES]
+        calls["l2"] = graphed(lambda: target[: inside.numel()].copy_(inside))
+        calls["nodes"] = graphed(lambda: small.bitwise_not_())
+        calls["launches"] = lambda: [small.bitwise_not_() for _ in range(REPEATED)]
     timed = interleave(calls, rounds, device=device, seconds=seconds)
     best_s = {name: min(timed.samples_ms[name]) / 1e3 for name in calls}
     tera = 1e-12
-    rates = {name: 2 * side**3 / best_s[name] * tera for name in calls if name != "copy"}
+    rates = {name: 2 * side**3 / best_s[name] * tera for name in calls if name in ("bf16", "fp32", "tf32")}
     spread = {name: timed.p50_ms(name) / 1e3 / best_s[name] for name in calls}
-    return Measured(rates, 2 * copy_bytes / best_s["copy"] * tera, spread)
+    between = {}
+    if "l2" in calls:
+        between = {
+            "l2_tbps": 2 * inside.numel() * REPEATED / best_s["l2"] * tera,
+            "node_us": best_s["nodes"] / REPEATED * 1e6,
+            "launch_us": best_s["launches"] / REPEATED * 1e6,
+        }
+    return Measured(rates, 2 * copy_bytes / best_s["copy"] * tera, spread, **between)
+
+
+def graphed(call: Callable[[], object]) -> Callable[[], None]:
+    """`REPEATED` calls as one CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(REPEATED):
+            call()
+    return graph.replay

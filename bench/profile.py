@@ -1,17 +1,19 @@
 """Where a training step's time goes: by layer beside its floor, and by operation.
 
     python -m bench.profile [--preset dcgan64] [--batch-size N] [--step fused|reference|example] [--precision P]
-                            [--steps 3] [--tflops T --tbps B] [--out trace.json]
+                            [--steps 3] [--tflops T --tbps B] [--out trace.json] [--counters]
 
 The fused step's layers are marked from outside, by ranges around each stage's calls, so nothing in the step knows of
 it; the other steps have the table by operation alone. On a CPU a range's time is the wall clock's, on a GPU that of the
 kernels launched in it; that part has not run on a GPU yet. The floors are those of `bench.roofline` at
 this machine's ceilings, measured first unless given. `--out` writes a trace for chrome://tracing or ui.perfetto.dev.
+On a GPU a trace of the captured step gives its nodes, gaps and waits, and `--counters` asks Nsight Compute (`ncu`) what
+bounds each kernel.
 """
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,11 +26,12 @@ from bench import ceilings
 from bench.peers import ladder
 from bench.peers.ladder import Rung, Runner
 from bench.roofline import Ceilings, step_kernels
+from bench.trace import Timeline, measure_counters, read
 from bench.verify import tolerance_class
 from dcgan import cpu_stacks
 from dcgan.arch import PRESETS, Arch
 from dcgan.config import fast_bf16
-from dcgan.errors import InputError, run_command
+from dcgan.errors import InputError, RunError, run_command
 from dcgan.flags import Parser
 from dcgan.fused import FusedStep
 
@@ -160,6 +163,44 @@ def profile(
     return Profile(step_ms, by_ms(layers), by_ms(operations))
 
 
+def captured(
+    rung: Rung, arch: Arch, images: int, device: torch.device, trace: Path, steps: int = 10
+) -> Timeline | None:
+    """The timeline of `rung` replayed as one CUDA graph; its trace is written to `trace`."""
+    runner = ladder.build(replace(rung, graph=True), arch, ladder.weights(arch), device, images)
+    batch = ladder.batches(arch, images, device, 1)[0]
+    runner(*batch)
+    torch.cuda.synchronize(device)
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        for _ in range(steps):
+            runner(*batch)
+        torch.cuda.synchronize(device)
+    profiler.export_chrome_trace(str(trace))
+    return read(trace, steps)
+
+
+def once(runner: Runner, arch: Arch, images: int, device: torch.device) -> None:
+    """One step in an NVTX range called `counted`, for ncu, after one outside that compiles."""
+    real, z = ladder.batches(arch, images, device, 1)[0]
+    runner(real, z)
+    torch.cuda.synchronize(device)
+    torch.cuda.nvtx.range_push("counted")
+    runner(real, z)
+    torch.cuda.synchronize(device)
+    torch.cuda.nvtx.range_pop()
+
+
+def counted_text(rows: list[dict]) -> str:
+    """The counters' table: fractions of the chip's peak."""
+    lines = [f"{'kernel':48s} {'calls':>6s} {'µs':>9s} {'compute':>8s} {'L2':>6s} {'memory':>7s}"]
+    for row in rows:
+        shares = (row.get(name, float("nan")) for name in ("compute", "l2", "memory"))
+        lines.append(
+            "{:48s} {:6d} {:9.1f} {:8.2f} {:6.2f} {:7.2f}".format(row["name"][:48], row["calls"], row["us"], *shares)
+        )
+    return "\n".join(lines) + "\n"
+
+
 def by_ms(rows: list[dict]) -> list[dict]:
     return sorted(rows, key=lambda row: -row["ms"])
 
@@ -192,6 +233,10 @@ def command() -> int:
     parser.add_argument("--tflops", type=float, help="matrix rate for the floors, TFLOP/s (measured)")
     parser.add_argument("--tbps", type=float, help="memory bandwidth for the floors, TB/s (measured)")
     parser.add_argument("--out", type=Path, help="where to write the trace")
+    parser.add_argument(
+        "--counters", action="store_true", help="also Nsight Compute's counters of each kernel (needs ncu)"
+    )
+    parser.add_argument("--once", action="store_true", help="one step in an NVTX range and nothing else, for ncu")
     args = parser.parse_args()
     preset, device = PRESETS[args.preset], torch.device(args.device)
     images = preset.batch_size if args.batch_size is None else args.batch_size
@@ -207,6 +252,11 @@ def command() -> int:
     rung = Rung(precision, ours=RUNGS[args.step])
     if why := ladder.unavailable(rung, preset.arch, device):
         raise InputError(f"--step {args.step} --preset {args.preset}: {why}")
+    if (args.counters or args.once) and device.type != "cuda":
+        raise InputError("--counters and --once need a GPU; the device is cpu")
+    if args.once:
+        once(ladder.build(rung, preset.arch, ladder.weights(preset.arch), device, images), preset.arch, images, device)
+        return 0
     if args.tflops and args.tbps:
         machine = Ceilings(args.tflops, args.tbps)
     else:
@@ -217,6 +267,12 @@ def command() -> int:
     print(f"{rung.name}, {args.preset}, batch {images}, on {device.type}; ", end="")
     print(f"floors at {machine.tflops:.3g} TFLOP/s and {machine.tbps:.3g} TB/s")
     print(text(found), end="")
+    if args.counters:
+        same = ["--preset", args.preset, "--batch-size", str(images), "--step", args.step, "--precision", precision]
+        try:
+            print(counted_text(measure_counters([*same, "--once"], 600)), end="")
+        except ValueError as error:
+            raise RunError(f"--counters: {error}") from None
     return 0
 
 

@@ -156,6 +156,9 @@ def measure_ceilings(bench: Bench, seconds: float) -> None:
         name = f"matrix product {precision}"
         bench.emit("ceilings", name, True, matrix_tflops=rate, median_over_shortest=found.spread[precision])
     bench.emit("ceilings", "copy", True, copy_tbps=found.copy_tbps, median_over_shortest=found.spread["copy"])
+    if found.l2_tbps is not None:
+        bench.emit("ceilings", "copy within L2", True, l2_tbps=found.l2_tbps, median_over_shortest=found.spread["l2"])
+        bench.emit("ceilings", "between kernels", True, node_us=found.node_us, launch_us=found.launch_us)
     bench.measured = found
 
 

@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from bench.overview import table
 from bench.peers import ladder
 from bench.peers.ladder import Rung
 from bench.telemetry import Telemetry
+from bench.trace import measure_counters, words
 from bench.verify import tolerance_class
 from dcgan.arch import PRESETS
 from dcgan.config import fast_bf16
@@ -49,6 +51,27 @@ def profile_stage(bench: Bench, seconds: float) -> None:
     (bench.out / "profile.txt").write_text(f"{rung.name}, batch {images}\n{profile.text(found)}")
     for row in found.layers:
         bench.emit("profile", row["name"], True, batch=images, rung=rung.name, ms=row["ms"], floor_ms=row["floor_ms"])
+    if plan.device.type != "cuda":
+        return
+    seen = profile.captured(rung, plan.arch, images, plan.device, bench.out / "trace.json")  # the one to keep
+    if seen is None:
+        bench.emit("profile", "captured step", None, "the profiler saw no kernels of the device")
+    else:
+        facts = {name: value for name, value in asdict(seen).items() if not isinstance(value, dict)}
+        waits, allocations = sum(seen.waits.values()), sum(seen.allocations.values())
+        bench.emit("profile", "captured step", True, batch=images, waits=waits, allocations=allocations, **facts)
+        with (bench.out / "profile.txt").open("a") as file:
+            file.write(f"\nthe captured step: {words(seen)}\n")
+    try:
+        size = ["--batch-size", str(images), "--precision", rung.precision]  # of the preset dcgan64
+        rows = measure_counters([*size, "--once"], max(seconds, 60.0))
+    except ValueError as error:
+        bench.emit("profile", "counters", None, str(error))
+        return
+    with (bench.out / "profile.txt").open("a") as file:
+        file.write("\n" + profile.counted_text(rows))
+    for row in rows:
+        bench.emit("profile", f"counters/{row.pop('name')[:80]}", True, batch=images, **row)
 
 
 STAGES: dict[str, tuple[Callable[[Bench, float], None], float]] = {
