@@ -108,8 +108,10 @@ def command() -> int:
     parser.add_argument("--only", default="", help="a regular expression that a row's name must match")
     parser.add_argument("--rows", type=Path, help="a file to write rows to, or to go on with")
     args = parser.parse_args()
-    if not args.minutes > 0 or min(args.batch or [1]) < 1:
-        raise InputError(f"--minutes {args.minutes:g} --batch {args.batch}: they must be positive")
+    if not args.minutes > 0:
+        raise InputError(f"--minutes {args.minutes:g}: it must be positive")
+    if args.batch and min(args.batch) < 1:
+        raise InputError(f"--batch {min(args.batch)}: it must be at least 1")
     try:
         pattern = re.compile(args.only)
     except re.error as error:
@@ -126,6 +128,8 @@ def command() -> int:
         rows.add(f"{missed} more", None, f"not reached within {args.minutes:g} minutes", section="numbers")
     wrong = [row["name"] for row in rows.all if row["ok"] is False]
     right = sum(row["ok"] is True for row in rows.all)
+    if not rows.all:
+        raise InputError(f"--only {args.only}: no row has such a name")
     print(f"{right} right, {len(wrong)} wrong" + (f", {missed} not reached" if missed else ""))
     if wrong:
         raise RunError(f"wrong: {', '.join(wrong[:5])}{' …' if len(wrong) > 5 else ''}")

@@ -12,7 +12,6 @@ preset at each batch; ptxas and cuobjdump, which come with Triton, then say what
     python -m bench.resources --cuda [--arch sm_90] [--json]     the extension's instead: bench/resources_cuda.py
 """
 
-import argparse
 import json
 import os
 import re
@@ -28,6 +27,8 @@ import torch
 
 from bench import resources_cuda
 from dcgan.arch import PRESETS, Arch
+from dcgan.errors import InputError, run_command
+from dcgan.flags import Parser
 from kernels._triton import batch_norm, batch_norm_grad
 from kernels._triton.adam import adam_table, prepare_adam
 from kernels._triton.config import SHARED_LIMIT_BYTES
@@ -258,7 +259,10 @@ def distinct(cases: Iterator[Case]) -> Iterator[Case]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Compile every Triton kernel of a training step; no GPU is needed.")
+    parser = Parser(
+        prog="python -m bench.resources",
+        description="Compile every Triton kernel of a training step; no GPU is needed.",
+    )
     parser.add_argument("--arch", choices=ARCHES, default="sm_90")
     parser.add_argument("--preset", choices=PRESETS, default="dcgan64")
     parser.add_argument("--batch", type=int, action="append", help="images a step; may be repeated (128 and 1024)")
@@ -267,6 +271,10 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument("--cuda", action="store_true", help="the kernels of csrc/ instead, which nvcc compiles")
     args = parser.parse_args()
+    try:
+        re.compile(args.only)
+    except re.error as error:
+        raise InputError(f"--only {args.only}: no regular expression ({error})") from error
     if args.cuda:
         return resources_cuda.report(args.arch, args.only, args.json)
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -289,8 +297,10 @@ def main() -> int:
         print(json.dumps({"arch": args.arch, "precision": args.precision, "rows": rows, "failed": failed}, indent=1))
     else:
         print(f"{args.arch}: {len(rows)} kernels, {failed} with faults (registers, spills, shared bytes, matrix, TMA)")
-    return 1 if failed or not rows else 0
+    if not rows:
+        raise InputError(f"--only {args.only}: no kernel has such a name")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

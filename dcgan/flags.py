@@ -80,16 +80,18 @@ def parser() -> argparse.ArgumentParser:
         const="stacks",
         choices=("stacks", "modules"),
         metavar="modules",
-        help="the fast path of the device, same numbers; `--fused modules` stops at one fused op a layer",
+        help="the fast path of the device, same numbers (in full: `stacks`); `--fused modules` stops at one fused op a "
+        "layer",
     )
     for flag, what in (
         ("--channels-last", "channels_last memory (default: with --fused)"),
         ("--compile", "torch.compile of both networks, of the plain step or of --fused modules"),
-        ("--cuda-graph", "replay the whole step as one CUDA graph (default: with --fused on a GPU)"),
+        ("--cuda-graph", "on a GPU, replay the whole step as one CUDA graph (default: with --fused)"),
     ):
         group.add_argument(flag, action=argparse.BooleanOptionalAction, help=what)
     group.add_argument("--backend", choices=BACKENDS, help="of the fused modules' ops (default: auto)")
-    group.add_argument("--strict", action="store_true", help="a fused module that falls back to eager is an error")
+    strict = "an op that falls back to eager on a GPU, or a step that cannot be captured, is an error"
+    group.add_argument("--strict", action="store_true", help=strict)
     group.add_argument("--precision", choices=settings.PRECISIONS, help="auto (default): bf16 where fast, else fp32")
     group.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     group.add_argument("--deterministic", action="store_true", help="the same bits every time, on a GPU too")

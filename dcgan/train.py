@@ -133,7 +133,7 @@ def resolve_resumed(flags: dict, run: Path) -> tuple[Config, ImageSet]:
     config = Config.read(run)
     for name in flags:
         if name not in settings.MAY_CHANGE:
-            flag = "--" + name.replace("_", "-")
+            flag = "--" + ("no-" if flags[name] is False else "") + name.replace("_", "-")
             may = ", ".join("--" + name.replace("_", "-") for name in settings.MAY_CHANGE)
             raise InputError(f"{flag} cannot be given with --resume: a run keeps its settings, except {may}")
     try:
@@ -261,9 +261,11 @@ def train(trainer: Trainer, config: Config, run: Path) -> int:
         say(f"{run} has its {config.steps} steps already; --resume {run} --steps N goes on to N")
         return 0
     size, found = config.image_size, config.resolved
+    rungs = [f"fused {config.fused}"] if config.fused else ["channels_last"] * config.channels_last
+    rungs += ["compiled, which takes its time at the first step"] * config.compile + ["CUDA graph"] * config.cuda_graph
     say(
         f"{found['dataset']}: {found['images']:,} pictures, {size}×{size}×{config.channels} · {config.preset} on "
-        f"{found['device_name']}, {config.precision}{f', fused {config.fused}' if config.fused else ''} · "
+        f"{found['device_name']}, {', '.join([config.precision, *rungs])} · "
         f"steps {trainer.step} to {config.steps} · {run}"
     )
     number = trainer.train()

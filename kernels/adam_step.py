@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.checks import check_adam
+from kernels.checks import check_adam, check_tensors
 from kernels.dispatch import backend_of
 from kernels.engine import LIBRARY, launchers
 
@@ -21,7 +21,12 @@ def new_loss_scale(device: torch.device | str | None = None, first: float = 2.0*
     """What `adam_step` needs for float16: (3,) float32, the scale, the steps since it moved, the overflows since then.
 
     Multiply the loss by its first element. It is a tensor like any other: save it with the optimiser's state.
+
+    Raises:
+        ValueError: `first` is not a positive number.
     """
+    if not 0 < first < float("inf"):
+        raise ValueError(f"first is {first}: it must be positive and finite")
     return torch.tensor([first, 0.0, 0.0], dtype=torch.float32, device=device)
 
 
@@ -63,7 +68,10 @@ def adam_step(
     Source: Kingma and Ba 2015, arXiv:1412.6980, algorithm 1; docs/adam.md.
     """
     copies = [None] * len(params) if copies is None else list(copies)
-    lists = [[t.detach() for t in tensors] for tensors in (params, grads, exp_avgs, exp_avg_sqs)]
+    given = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    for name, tensors in given.items():
+        check_tensors(**{f"{name}[{index}]": tensor for index, tensor in enumerate(tensors)})
+    lists = [[t.detach() for t in tensors] for tensors in given.values()]
     check_adam(*lists, copies, step, lr, betas, eps, loss_scale)
     sizes = sum(p.numel() for p in params)
     backend = backend_of("adam_step", None, step.device, params[0].dtype, backend, sizes)

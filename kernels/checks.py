@@ -95,8 +95,16 @@ def check_batch_norm(
         raise ValueError("a group has 1 value a channel: training-mode batch norm needs at least 2")
 
 
+def check_tensors(**tensors: object) -> None:
+    """Raise TypeError for the first that is no tensor, by name."""
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is {value!r}: expected a tensor")
+
+
 def check_gan_loss(logits: Tensor, real: Sequence[bool]) -> tuple[bool, ...]:
     """`real` as a tuple, once logits (N,) are that many equal groups; ValueError or TypeError where they are not."""
+    check_tensors(logits=logits)
     if logits.ndim != 1:
         raise ValueError(f"logits has shape {tuple(logits.shape)}: expected (N,)")
     if not logits.is_floating_point():
@@ -115,6 +123,7 @@ def check_gather(
     channels: int | None,
 ) -> int:  # fmt: skip
     """The result's channels; ValueError or TypeError where an argument of `gather_images` does not fit."""
+    check_tensors(rows=rows, permutation=permutation, cursor=cursor)
     if rows.dtype != torch.uint8:
         raise TypeError(f"rows is {rows.dtype}: expected uint8")
     if rows.ndim != 4 or not rows.is_contiguous() or not rows.numel():
@@ -139,8 +148,8 @@ def check_gather(
                 f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}, on {tensor.device}: "
                 f"expected contiguous {shape} on {rows.device}"
             )
-    if batch < 1:
-        raise ValueError(f"batch is {batch}: it must be at least 1")
+    if isinstance(batch, float) or batch < 1:  # any other is an integer, or stands for one while it is traced
+        raise ValueError(f"batch is {batch}: it must be a whole number, at least 1")
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"dtype is {dtype}: accepted are bfloat16, float16 and float32")
     channels = rows.shape[3] if channels is None else channels
@@ -155,6 +164,12 @@ def check_adam(
     loss_scale: Tensor | None,
 ) -> None:  # fmt: skip
     """Raise ValueError or TypeError where an argument of `adam_step` does not fit."""
+    check_tensors(step=step)
+    if not (isinstance(betas, tuple | list) and len(betas) == 2):
+        raise TypeError(f"betas is {betas!r}: expected two numbers")
+    for name, number in (("lr", lr), ("betas[0]", betas[0]), ("betas[1]", betas[1]), ("eps", eps)):
+        if not isinstance(number, int | float):
+            raise TypeError(f"{name} is {number!r}: expected a number")
     if not params:
         raise ValueError("params is empty: there is nothing to update")
     lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "copies": copies}

@@ -105,7 +105,12 @@ def fuse(model: nn.Module) -> Fusion:
 
     Returns:
         The names of the convolutions that run fused now, and those that were left, with the reason.
+
+    Raises:
+        TypeError: `model` is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {model!r}: expected an nn.Module")
     fused, left = [], {}
     for name, module in model.named_modules():
         if type(module) is nn.Sequential:

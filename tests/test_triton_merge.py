@@ -124,7 +124,7 @@ def any_merge(kind, images, groups, size, channels, backward, dtype, seed):
 
 
 def test_generated():
-    generated(any_merge, 10)
+    generated(any_merge, 4)
 
 
 @pytest.mark.long
