@@ -66,13 +66,13 @@ def run(scope: Scope, rows: Rows, journal: Journal, pattern: re.Pattern[str], se
     from bench.tuning.lab import Warmer
 
     began = time.monotonic()
-    todo = (check for check in checks(scope) if pattern.search(check.name) and check.name not in rows.names)
+    remaining = (check for check in checks(scope) if pattern.search(check.name) and check.name not in rows.names)
     with Warmer(scope.device) as warmer:
-        while chunk := list(islice(todo, CHUNK)):
+        while chunk := list(islice(remaining, CHUNK)):
             warmer.compile([job for check in chunk for job in check.jobs])
             for done, check in enumerate(chunk):
                 if time.monotonic() - began > seconds:
-                    return len(chunk) - done + sum(1 for _ in todo)
+                    return len(chunk) - done + sum(1 for _ in remaining)
                 one(check, scope, rows, journal)
     return 0
 

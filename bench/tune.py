@@ -103,11 +103,11 @@ class Tuner:
         """Tune shapes; returns how many were not reached."""
         from bench.tuning.candidates import candidates
 
-        todo = [shape for shape in wanted if self.again or not self.known(shape)]
-        for first in range(0, len(todo), CHUNK):
+        remaining = [shape for shape in wanted if self.again or not self.known(shape)]
+        for first in range(0, len(remaining), CHUNK):
             if not self.left():
-                return len(todo) - first
-            chunk = todo[first : first + CHUNK]
+                return len(remaining) - first
+            chunk = remaining[first : first + CHUNK]
             named = [{f"tile{k}": c for k, c in enumerate(candidates(s.problem, self.capability))} for s in chunk]
             jobs = [(problem, config, self.capability) for shape, tiles in zip(chunk, named, strict=True)
                     for config in tiles.values() for problem in shape.problems()]  # fmt: skip
@@ -119,7 +119,7 @@ class Tuner:
                     if any(found):
                         faults[name] = next(why for why in found if why)
                 if not self.left():
-                    return len(todo) - first - done
+                    return len(remaining) - first - done
                 self.one(shape, tiles, faults)
         return 0
 

@@ -1,7 +1,8 @@
 """A network's parameters, gradients and Adam moments at addresses that stay, and the 16-bit copies that GEMMs read.
 
 A captured graph and a table of addresses both trust that nothing moves. Whoever changes the weights from outside (a
-checkpoint, a rollback, a user) does it in place or by new tensors; `refresh` notices both.
+checkpoint, a rollback, a user) does it in place or by new tensors; `refresh` notices both, but for what is written in
+place through `.data`, which PyTorch does not count: where 16-bit copies are made, change weights under `no_grad`.
 """
 
 from collections.abc import Sequence
