@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dcgan.weights import Weights
-from kernels import reference
-from kernels.geometry import STATE, Epilogue, Layer, Merge, Partials
+from kernels import reference, tuning
+from kernels.geometry import STATE, Deferred, Epilogue, Layer, Merge, Partials
 
 
 class Judged(NamedTuple):
@@ -42,7 +42,7 @@ class Kept(NamedTuple):
     """Of a layer's forward pass, for its backward: input (None where no weight gradient is wanted), raw output (the
     activated one without batch norm), and batch-norm state."""
 
-    x: Tensor | None
+    x: Tensor | Deferred | None
     y: Tensor
     state: Tensor | None
 
@@ -75,6 +75,7 @@ class Stack:
         self.model, self.arch, self.layers, self.launch = model, model.arch, layers, launch
         self.weights = Weights(model, optimizer, launch, dtype, loss_scale, self.last)
         self.options = {} if launch is reference else {"precision": "tf32" if precision == "tf32" else "ieee"}
+        self.precision = precision
         self.bind()
 
     def bind(self) -> None:
@@ -121,6 +122,12 @@ class Stack:
         """The batch-norm state that an epilogue left, by a launch more where the backend does not merge."""
         return found if isinstance(found, Tensor) else self.launch.merge_statistics(found, *epilogue.merge)
 
+    def handed_on(self, stage: Stage, into: Stage, y: Tensor, state: Tensor, weights: bool = True) -> Tensor | Deferred:
+        """A layer's raw map as the next one reads it: activated, or left as it is where the loads had better do it."""
+        x = Deferred(y, state, stage.layer.activation)
+        found = tuning.deferred(tuning.device_name(y.device), into.layer, self.precision, len(y), weights)
+        return x if found[0] else self.launch.apply(*x)
+
     def below(self, stage: Stage, kept: Kept, groups: int, weights: bool) -> Epilogue:
         """The epilogue of a data gradient that goes on through the activation and batch norm of the layer below."""
         merge = None
@@ -155,8 +162,8 @@ class Discriminator(Stack):
         groups, x = len(real), images.permute(0, 2, 3, 1)
         self.images, self.kept, self.groups = x, [], groups
         *body, head = self.stages
-        for stage in body:
-            layer, last = stage.layer, stage is body[-1]
+        for stage, following in zip(body, self.stages[1:], strict=True):
+            layer, last = stage.layer, following is head
             if stage.norm is None:
                 raw = Epilogue(groups=groups) if last else Epilogue(layer.activation, groups=groups)
                 y, _ = self.launch.conv(x, stage.weight, raw, **self.options)
@@ -166,7 +173,7 @@ class Discriminator(Stack):
                 y, found = self.launch.conv(x, stage.weight, epilogue, **self.options)
                 state = self.state(epilogue, found)
             self.kept.append(Kept(x if weights else None, y, state))
-            x = y if stage.norm is None or last else self.launch.apply(y, state, layer.activation)
+            x = y if stage.norm is None or last else self.handed_on(stage, following, y, state, weights)
         self.judged = Judged(
             *self.launch.head(x, head.weight, state, real, layer.activation, scale=self.weights.loss_scale)
         )
@@ -233,13 +240,13 @@ class Generator(Stack):
         epilogue = self.normalised(first)
         state = self.state(epilogue, self.launch.statistics(y, 1, epilogue.merge))
         self.kept = [Kept(z, y, state)]
-        x = self.launch.apply(y, state, first.layer.activation)
-        for stage in middle:
+        x = self.handed_on(first, self.stages[1], y, state)
+        for stage, following in zip(middle, self.stages[2:], strict=True):
             epilogue = self.normalised(stage)
             y, found = self.launch.conv_transpose(x, stage.weight, epilogue, **self.options)
             state = self.state(epilogue, found)
             self.kept.append(Kept(x, y, state))
-            x = self.launch.apply(y, state, stage.layer.activation)
+            x = self.handed_on(stage, following, y, state)
         self.launch.conv_transpose(x, last.weight, Epilogue(last.layer.activation), out=out, **self.options)
         self.kept.append(Kept(x, out, None))
 

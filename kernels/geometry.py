@@ -1,5 +1,5 @@
-"""One layer's shapes, GEMM views, operations and bytes, and what may follow its product. No torch at run time: the
-vocabulary that every other part shares.
+"""One layer's shapes, GEMM views, operations and bytes, and what may come before and after its product. No torch at run
+time: the vocabulary that every other part shares.
 
 Shape letters, here and everywhere: `N C H W` batch, channels, height, width; `R S` kernel taps; `M N K` the rows,
 columns and reduction of the matrix product a convolution amounts to.
@@ -169,6 +169,24 @@ class Partials(NamedTuple):
 
     values: Tensor
     counts: Tensor | None
+
+
+class Deferred(NamedTuple):
+    """A map whose batch norm and activation are yet to be applied: a GEMM does so as it loads it, its prologue.
+
+    y: (N, H, W, C), the raw output. state: (4, groups, C) float32 of `STATE`. activation: `none`, `relu` or
+    `leaky_relu`, of slope `slope`. What is applied is rounded to y's dtype, as `apply` does.
+    """
+
+    y: Tensor
+    state: Tensor
+    activation: Activation = "none"
+    slope: float = 0.2
+
+
+def raw(x: Tensor | Deferred) -> Tensor:
+    """The map in memory."""
+    return x.y if isinstance(x, Deferred) else x
 
 
 STATE = ("mean", "rstd", "scale", "shift")

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from kernels import reference, tuning
+from kernels.geometry import Deferred, raw
 from kernels.library import Products
 
 GEMMS = ("conv", "conv_transpose", "wgrad")
@@ -92,13 +93,17 @@ def _cuda(triton: SimpleNamespace) -> dict[str, Callable]:
 
 
 def _where_served(launch: Callable, instead: Callable, missing: Callable[..., str | None] | None = None) -> Callable:
-    """A launcher of the extension where it has a kernel for the call, and takes its arguments; else `instead`."""
+    """A launcher of the extension where it has a kernel for the call, and takes its arguments; else `instead`.
+
+    The extension's products have no prologue.
+    """
     own, named = set(inspect.signature(launch).parameters), list(inspect.signature(instead).parameters)
 
     @functools.wraps(instead)
     def served(*arguments: Any, **options: Any) -> Any:
         options |= zip(named, arguments, strict=False)
         lacks = any(value is not None for name, value in options.items() if name not in own)
+        lacks |= any(isinstance(value, Deferred) for value in options.values())
         if lacks or (missing and missing(*(options[name] for name in named[:2]), options.get("epilogue"))):
             return instead(**options)
         return launch(**{name: value for name, value in options.items() if name in own})
@@ -117,9 +122,9 @@ def _tiled(kernel: str, recipes: dict[str, dict[str, Callable]], allowed: tuple[
     named = _options(default)
 
     @functools.wraps(default)
-    def launch(first: Tensor, second: Tensor, *arguments: Any, **options: Any) -> Any:
+    def launch(first: Tensor | Deferred, second: Tensor | Deferred, *arguments: Any, **options: Any) -> Any:
         options |= zip(named, arguments, strict=False)
-        entry = None if options.get("config") else _entry(kernel, first, second, options)
+        entry = None if options.get("config") else _entry(kernel, raw(first), raw(second), options)
         if entry is None or entry.recipe not in allowed:
             return default(first, second, **options)
         if entry.recipe == "triton":

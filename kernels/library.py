@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import reference
-from kernels.geometry import Epilogue, Partials
+from kernels.geometry import Deferred, Epilogue, Partials
 
 
 @contextmanager
@@ -37,10 +37,14 @@ def nhwc(t: Tensor) -> Tensor:
 
 
 class Products:
-    """`conv`, `conv_transpose` and `wgrad`; `launch` has `statistics`, `activation_grad` and `merge_sums`."""
+    """`conv`, `conv_transpose` and `wgrad`; `launch` has `apply`, `statistics`, `activation_grad` and `merge_sums`."""
 
     def __init__(self, launch: ModuleType | SimpleNamespace):
         self.launch = launch
+
+    def settled(self, x: Tensor | Deferred) -> Tensor:
+        """A map, its batch norm and activation applied."""
+        return self.launch.apply(*x) if isinstance(x, Deferred) else x
 
     def finish(self, y: Tensor, e: Epilogue) -> tuple[Tensor, Partials | Tensor | None]:
         """The epilogue of a raw output y (N, H, W, C); its partials, or what `merge` makes of them."""
@@ -55,26 +59,31 @@ class Products:
         return g, self.launch.merge_sums(partials, y[..., 0].numel() // e.groups, out)[2]
 
     def conv(
-        self, x: Tensor, weight: Tensor, epilogue: Epilogue | None = None, precision: str = "ieee"
+        self, x: Tensor | Deferred, weight: Tensor, epilogue: Epilogue | None = None, precision: str = "ieee"
     ) -> tuple[Tensor, Partials | Tensor | None]:
         """Convolution k4 s2 p1 of x (N, 2H, 2W, C) by weight (O, 4, 4, C): (N, H, W, O), and the epilogue."""
+        x = self.settled(x)
         with arithmetic(x.dtype, precision):
             y = F.conv2d(nchw(x), nchw(weight), stride=2, padding=1)
         return self.finish(nhwc(y), epilogue or Epilogue())
 
     def conv_transpose(
-        self, x: Tensor, weight: Tensor, epilogue: Epilogue | None = None, precision: str = "ieee",
+        self, x: Tensor | Deferred, weight: Tensor, epilogue: Epilogue | None = None, precision: str = "ieee",
         out: Tensor | None = None,
     ) -> tuple[Tensor, Partials | Tensor | None]:  # fmt: skip
         """The transposed one of x (N, H, W, C) by weight (C, 4, 4, O): (N, 2H, 2W, O), and the epilogue."""
+        x = self.settled(x)
         with arithmetic(x.dtype, precision):
             y = F.conv_transpose2d(nchw(x), nchw(weight), stride=2, padding=1)
         y, partials = self.finish(nhwc(y), epilogue or Epilogue())
         return y if out is None else out.copy_(y), partials
 
-    def wgrad(self, low: Tensor, high: Tensor, precision: str = "ieee", out: Tensor | None = None) -> Tensor:
+    def wgrad(
+        self, low: Tensor | Deferred, high: Tensor | Deferred, precision: str = "ieee", out: Tensor | None = None
+    ) -> Tensor:
         """Weight gradient (L, 4, 4, C) float32 from low (N, H, W, L) and high (N, 2H, 2W, C), in whose type it is
         rounded by the library."""
+        low, high = self.settled(low), self.settled(high)
         shape = high.new_empty(()).expand(low.shape[3], high.shape[3], 4, 4)  # the library reads its shape alone
         with arithmetic(low.dtype, precision):
             _, gradient, _ = torch.ops.aten.convolution_backward(

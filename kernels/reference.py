@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.geometry import Activation, Epilogue, Merge, Partials
+from kernels.geometry import Activation, Deferred, Epilogue, Merge, Partials
 
 
 def activate(z: Tensor, activation: Activation, slope: float = 0.2) -> Tensor:
@@ -58,23 +58,33 @@ def merge_gradients(partials: Partials, y: Tensor, merge: Merge | None) -> Parti
     return merge_sums(partials, y[..., 0].numel() // partials.values.shape[1], out)[2]
 
 
-def conv(x: Tensor, weight: Tensor, epilogue: Epilogue | None = None) -> tuple[Tensor, Partials | Tensor | None]:
+def settled(x: Tensor | Deferred) -> Tensor:
+    """A map, its batch norm and activation applied."""
+    return apply(*x) if isinstance(x, Deferred) else x
+
+
+def conv(
+    x: Tensor | Deferred, weight: Tensor, epilogue: Epilogue | None = None
+) -> tuple[Tensor, Partials | Tensor | None]:
     """Convolution k4 s2 p1 of x (N, 2H, 2W, C) by weight (O, 4, 4, C): (N, H, W, O), and the epilogue."""
+    x = settled(x)
     y = F.conv2d(x.permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2), stride=2, padding=1)
     return finish(y.permute(0, 2, 3, 1).contiguous(), epilogue or Epilogue())
 
 
 def conv_transpose(
-    x: Tensor, weight: Tensor, epilogue: Epilogue | None = None, out: Tensor | None = None
+    x: Tensor | Deferred, weight: Tensor, epilogue: Epilogue | None = None, out: Tensor | None = None
 ) -> tuple[Tensor, Partials | Tensor | None]:
     """Transposed convolution k4 s2 p1 of x (N, H, W, C) by weight (C, 4, 4, O): (N, 2H, 2W, O), and the epilogue."""
+    x = settled(x)
     y = F.conv_transpose2d(x.permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2), stride=2, padding=1)
     y, partials = finish(y.permute(0, 2, 3, 1).contiguous(), epilogue or Epilogue())
     return (y if out is None else out.copy_(y)), partials
 
 
-def wgrad(low: Tensor, high: Tensor, out: Tensor | None = None) -> Tensor:
+def wgrad(low: Tensor | Deferred, high: Tensor | Deferred, out: Tensor | None = None) -> Tensor:
     """Weight gradient (L, 4, 4, C) from low (N, H, W, L) and high (N, 2H, 2W, C); at least float32."""
+    low, high = settled(low), settled(high)
     wide = torch.promote_types(low.dtype, torch.float32)
     windows = F.unfold(high.permute(0, 3, 1, 2).to(wide), 4, stride=2, padding=1)  # (N, C·16, H·W)
     gradient = torch.einsum("npl,nkp->lk", low.flatten(1, 2).to(wide), windows)

@@ -4,10 +4,13 @@
 
     {"device": "NVIDIA H200", "record": "bench/results/…", "torch": …, "triton": …, "kernels_hash": …,
      "ops":   {"conv_bn_act": {"64x128@32": {"bf16": {"128": "triton", "1024": "library"}}}},
-     "tiles": {"conv": {"64x128@32": {"bf16": {"256": {"recipe": "triton", "tile": {…}, "us": …}}}}}}
+     "tiles": {"conv": {"64x128@32": {"bf16": {"256": {"recipe": "triton", "tile": {…}, "us": …}}}}},
+     "inputs": {"conv": {"128x256@16": {"bf16": {"256": "applied"}}}}}
 
 "ops" has the public ops, by layer (IN x OUT @ IN_SIZE; `any` for an op without one), precision and images; "tiles" the
-kernels conv, conv_transpose and wgrad, by their own channels and input size (wgrad: LOW x HIGH @ low size). A lookup
+kernels conv, conv_transpose and wgrad, by their own channels and input size (wgrad: LOW x HIGH @ low size); "inputs"
+the layers whose input has a batch norm, `applied` by a launch of its own or `deferred` to the loads of those who read
+it: the forward pass and the weight gradient, or, under `conv_forward`, the forward pass alone. A lookup
 takes the nearest measured shape: the layer itself or one of at most `NEAR` times its channels and size, and of that the
 nearest number of images, at most `NEAR_IMAGES` times as many or as few. A file that is no such table, or another
 device's, is warned of once and not used.
@@ -26,11 +29,14 @@ from typing import Any, NamedTuple
 import torch
 
 from kernels._triton.config import ConvConfig, WgradConfig, tma_fits
+from kernels.geometry import Layer
 
 FOLDER = Path(__file__).parent / "tuned"
 RECIPES = ("triton", "cuda", "library", "eager")
+INPUTS = ("applied", "deferred")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 CONFIGS = {"conv": ConvConfig, "conv_transpose": ConvConfig, "wgrad": WgradConfig}
+IMAGE_CHANNELS = 4
 NEAR = 2.0
 NEAR_IMAGES = 4.0
 MOST = {"warps": 32, "stages": 16, "split": 4096}
@@ -56,10 +62,11 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """A device's table: entries by (op or kernel, precision)."""
+    """A device's table: entries by (op, kernel or kind of layer, precision)."""
 
     ops: dict[tuple[str, str], tuple[Entry, ...]]
     tiles: dict[tuple[str, str], tuple[Entry, ...]]
+    inputs: dict[tuple[str, str], tuple[Entry, ...]]
 
 
 class Found(NamedTuple):
@@ -116,6 +123,7 @@ def parse(data: Any, name: str) -> Table:
     return Table(
         _entries(data.get("ops", {}), lambda where, op, value: (_recipe(where, value), None)),
         _entries(data.get("tiles", {}), _tiled),
+        _entries(data.get("inputs", {}), lambda where, kind, value: (_recipe(where, value, INPUTS), None)),
     )
 
 
@@ -150,9 +158,9 @@ def _matched(where: str, pattern: str, text: str) -> str:
     return text
 
 
-def _recipe(where: str, value: Any) -> str:
-    if value not in RECIPES:
-        raise ValueError(f"{where}: recipe is {value!r}, accepted are {', '.join(RECIPES)}")
+def _recipe(where: str, value: Any, accepted: tuple[str, ...] = RECIPES) -> str:
+    if value not in accepted:
+        raise ValueError(f"{where}: recipe is {value!r}, accepted are {', '.join(accepted)}")
     return value
 
 
@@ -246,7 +254,27 @@ def explain(name: str, kernel: str, shape: Shape, precision: str, images: int) -
     return entry.recipe, f"fastest at {entry}"
 
 
+@functools.lru_cache(maxsize=4096)
+def deferred(name: str | None, layer: Layer, precision: str, images: int, weights: bool = True) -> tuple[bool, str]:
+    """Whether whoever reads a layer's input had better apply its batch norm and activation in the load, and why.
+
+    Args:
+        name: of the device; None for what is no GPU.
+        layer: that reads the input.
+        weights: whether its weight gradient reads the input too.
+    """
+    kind = layer.kind if weights else f"{layer.kind}_forward"
+    shape = (layer.in_channels, layer.out_channels, layer.in_size)
+    table = load(name)[0] if name else None
+    entry = nearest(table.inputs.get((kind, precision), ()), shape, images) if table else None
+    if entry is not None:
+        return entry.recipe == "deferred", f"fastest at {entry}"
+    onto_an_image = layer.kind == "conv_transpose" and layer.out_channels <= IMAGE_CHANNELS
+    why = "bound by memory" if onto_an_image else "the tensor cores would wait for it"
+    return onto_an_image, f"the default: {why}"
+
+
 def forget() -> None:
     """Read the tables again at the next lookup, after one was written."""
-    for cached in (device_name, load, recipe, tile):
+    for cached in (device_name, load, recipe, tile, deferred):
         cached.cache_clear()

@@ -80,7 +80,7 @@ def run_guarded(job, *kept):
     return result
 
 
-def assert_accurate(ours, twin, oracle, name="", terms=1):
+def assert_accurate(ours, twin, oracle, name="", terms=1, addends=()):
     """The project's error bar: |ours − oracle| ≤ 2·|twin − oracle| + 2 ulp, ulp of the oracle's largest element.
 
     Args:
@@ -88,10 +88,14 @@ def assert_accurate(ours, twin, oracle, name="", terms=1):
         twin: the reference in the same precision.
         oracle: the reference in float64.
         terms: of each sum: one fp32 accumulator's rounding errors walk √terms, where a library sums in blocks.
+        addends: what the results are sums of, or how far a sum strays: where all of few results cancel, the rounding
+            is still of these.
     """
     assert ours.shape == oracle.shape, (name, ours.shape, oracle.shape)
     oracle = oracle.double()
     ulp = torch.finfo(ours.dtype).eps * oracle.abs().max()
+    for addend in addends:  # summed in float32
+        ulp = max(ulp, torch.finfo(torch.float32).eps * addend.abs().max())
     error, allowed = (
         (ours.double() - oracle).abs().max(),
         2 * (twin.double() - oracle).abs().max() + 2 * ulp * max(1, terms**0.5 / 8),

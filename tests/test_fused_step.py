@@ -10,7 +10,7 @@ from dcgan.arch import Arch
 from dcgan.fused import FusedStep
 from dcgan.model import Discriminator, Generator
 from dcgan.step import ReferenceStep, adam
-from kernels import eager, products
+from kernels import eager, products, tuning
 from kernels.geometry import Layer
 from kernels.launchers import launchers
 from kernels.pool import Pool
@@ -112,6 +112,14 @@ def test_equals_the_reference_over_free_steps_in_fp64(case, update, way):
     for theirs, ours in zip(*pair.models, strict=True):
         for (name, a), b in zip(theirs.state_dict().items(), ours.state_dict().values(), strict=True):
             torch.testing.assert_close(b, a, rtol=0, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("deferred", [True, False])
+@pytest.mark.parametrize("update", UPDATES)
+def test_batch_norm_in_every_load_or_in_none(deferred, update, monkeypatch):
+    """A table may say either of any layer."""
+    monkeypatch.setattr(tuning, "deferred", lambda *_: (deferred, "for the test"))
+    test_equals_the_reference_over_free_steps_in_fp64("start 4, RGB", update, "launchers")
 
 
 @pytest.mark.parametrize("update", UPDATES)

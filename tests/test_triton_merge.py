@@ -38,7 +38,7 @@ def check_merge(
     for _ in range(times):
         twins = [vectors(generator, channels)]
         twins += [[t.clone() for t in twins[0]], [t.double() for t in twins[0]]]
-        results = []
+        start, results = [t.clone() for t in twins[0]], []
         for (first, second, mean, var), run in zip(twins, ("ours", "twin", "exact"), strict=True):
             tracked = torch.tensor(3)
             if backward:
@@ -58,8 +58,15 @@ def check_merge(
             if not backward:
                 assert tracked == 3 + groups
             results.append((y, merged, first, second, mean, var))
+        exact_y, exact_state = results[2][:2]
+        strays = getattr(reference, kind)(x.double().square(), weight.double().square())[0].sqrt()
+        sums = exact_y.abs().max() * (images * y_size**2) ** 0.5
+        addends = {"y": [strays], "weight": [sums], "bias": [sums], "mean": [start[2], exact_y]}
+        if not backward:
+            addends |= {"var": [start[3], exact_state[1] ** -2], "merged": [exact_y]}
         for what, ours, twin, exact in zip(("y", "merged", "weight", "bias", "mean", "var"), *results, strict=True):
-            assert_accurate(ours, twin, exact, what, terms=images * y_size**2)
+            terms = 16 * into if what == "y" else images * y_size**2
+            assert_accurate(ours, twin, exact, what, terms=terms, addends=addends.get(what, ()))
 
 
 def vectors(generator, channels):

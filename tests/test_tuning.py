@@ -217,3 +217,25 @@ def test_a_tile_that_does_not_fit_the_shape_is_left_out(table):
     assert tuning.tile(NAME, "conv", (48, 128, 32), "bf16", 128) is None  # 48 channels are no multiple of the depth
     assert tuning.tile(NAME, "wgrad", (127, 63, 16), "bf16", 128).tile == WGRAD  # pointers take any
     assert tuning.tile(NAME, "conv", (64, 128, 32), "fp16", 128) is None
+
+
+def test_who_applies_a_batch_norm(table):
+    """Without a table the layer onto an image; with one, as measured, the forward pass alone apart from both."""
+    onto = Layer("G5", "conv_transpose", 64, 3, 32, 4, 2, 1, False, "tanh")
+    assert tuning.deferred(None, onto, "bf16", 128)[0] and tuning.deferred(NAME, onto, "bf16", 128)[0]
+    assert tuning.deferred(None, LAYER, "bf16", 128) == (False, "the default: the tensor cores would wait for it")
+    inputs = {
+        "conv": {"64x128@32": {"bf16": {"128": "applied"}}},
+        "conv_forward": {"64x128@32": {"bf16": {"128": "deferred"}}},
+        "conv_transpose": {"64x3@32": {"bf16": {"128": "applied"}}},
+    }
+    table(TABLE | {"inputs": inputs})
+    assert tuning.deferred(NAME, LAYER, "bf16", 128) == (False, "fastest at 64x128@32, 128 images")
+    assert tuning.deferred(NAME, LAYER, "bf16", 256, weights=False)[0]
+    assert not tuning.deferred(NAME, onto, "bf16", 128)[0] and tuning.deferred(NAME, onto, "fp16", 128)[0]
+
+
+def test_an_unknown_way_to_apply_is_refused(table):
+    table(TABLE | {"inputs": {"conv": {"64x128@32": {"bf16": {"128": "triton"}}}}})
+    with pytest.warns(RuntimeWarning, match="recipe is 'triton', accepted are applied, deferred"):
+        assert tuning.load(NAME)[0] is None

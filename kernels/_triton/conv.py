@@ -18,19 +18,22 @@ from kernels._triton.launch import (
     on_tensor_cores,
 )
 from kernels._triton.merge import merge, merge_arguments
-from kernels.geometry import Epilogue, Partials
+from kernels._triton.prologue import applied, check_input, prologue
+from kernels.geometry import Deferred, Epilogue, Partials
 
 
 @triton.jit
 def conv_kernel(
-    x, w, y, saved, state, values, counts, per_group, groups,
+    x, x_state, w, y, saved, state, values, counts, per_group, groups,
     rounds, round_counts, tickets, weight, bias, running_mean, running_var, tracked, merged, rows, eps, momentum,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, CO: tl.constexpr,
     BI: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     MODE: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-    FLAT: tl.constexpr, PART: tl.constexpr, MERGE: tl.constexpr, TOGETHER: tl.constexpr, WIDTH: tl.constexpr,
+    FLAT: tl.constexpr, BEFORE: tl.constexpr, BEFORE_SLOPE: tl.constexpr,
+    PART: tl.constexpr, MERGE: tl.constexpr, TOGETHER: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """y[n,oy,ox,o] = Σ_{ky,kx,c} x[n,2oy+ky−1,2ox+kx−1,c] · w[o,ky,kx,c], then the epilogue.
+    """y[n,oy,ox,o] = Σ_{ky,kx,c} x[n,2oy+ky−1,2ox+kx−1,c] · w[o,ky,kx,c], then the epilogue; with x_state, of x
+    batch-normed and activated as it is loaded.
 
     Tile: a box of BI×BH×BW output pixels by BN channels; the reduction, BK at a time, is 16 taps of C channels each,
         or, FLAT, all 16·C in one row (an image's few channels would leave most of BK empty, tap by tap).
@@ -62,6 +65,8 @@ def conv_kernel(
     for step in range(0, STEPS):  # taps and channels in one loop, so that the next tap's loads are in flight too
         tap, k0 = step // KC, step % KC * BK
         ky, kx = tap // 4, tap % 4
+        iy, ix = 2 * h - 1 + ky, 2 * q - 1 + kx
+        seen = (valid & (iy >= 0) & (iy < 2 * H) & (ix >= 0) & (ix < 2 * W))[:, None]
         if TMA:
             first = group * per_group + n0
             a = x.load([first, h0 + (ky + 1) // 2 - 1, (ky + 1) % 2, w0 + (kx + 1) // 2 - 1, (kx + 1) % 2 * C + k0])
@@ -75,13 +80,14 @@ def conv_kernel(
             a = tl.load(x + corner[:, None] + (f // (4 * C) * (2 * W * C) + f % (4 * C))[None, :], seen, 0.0)
             b = tl.load(w + columns[:, None] * (16 * C) + f[None, :], (columns < CO)[:, None] & here, 0.0)
         else:
-            iy, ix = 2 * h - 1 + ky, 2 * q - 1 + kx
-            seen = valid & (iy >= 0) & (iy < 2 * H) & (ix >= 0) & (ix < 2 * W)
             here = (k0 + k < C)[None, :]
-            a = tl.load(x + corner[:, None] + ((ky * 2 * W + kx) * C + k0 + k)[None, :], seen[:, None] & here, 0.0)
+            a = tl.load(x + corner[:, None] + ((ky * 2 * W + kx) * C + k0 + k)[None, :], seen & here, 0.0)
             b = tl.load(
                 w + columns[:, None] * (16 * C) + (tap * C + k0 + k)[None, :], (columns < CO)[:, None] & here, 0.0
             )
+        if x_state is not None:
+            c = (step * BK + k) % C if FLAT else k0 + k
+            a = applied(a, seen, x_state, group, groups, c, C, BEFORE, BEFORE_SLOPE)
         acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
 
     places = ((image * H + h) * W + q).to(tl.int64)
@@ -97,12 +103,12 @@ def conv_kernel(
 
 
 def prepare_conv(
-    x: Tensor, weight: Tensor, epilogue: Epilogue | None = None, precision: str = "ieee",
+    x: Tensor | Deferred, weight: Tensor, epilogue: Epilogue | None = None, precision: str = "ieee",
     config: ConvConfig | None = None, arch: int | None = None,
 ) -> Job:  # fmt: skip
     """The job of `conv`; see there. The default tile is that of capability `arch`, the device's own where None."""
-    epilogue = epilogue or Epilogue()
-    check_nhwc("x", x)
+    epilogue, given = epilogue or Epilogue(), x
+    x = check_input("x", given, groups=epilogue.groups)
     images, height, width, into = x.shape
     if height % 2 or width % 2:
         raise ValueError(f"x has shape {tuple(x.shape)}: a k4 s2 p1 convolution here takes even heights and widths")
@@ -140,7 +146,7 @@ def prepare_conv(
         "BI": c.images, "BH": c.height, "BW": c.width, "BN": c.columns, "BK": c.depth,
         "MODE": epilogue.mode, "ACTIVATION": epilogue.activation, "SLOPE": epilogue.slope,
         "PRECISION": precision, "TMA": c.tma, "FLAT": not c.tma and into < FLAT_CHANNELS,
-        "PART": PART_COLUMNS[epilogue.mode],
+        "PART": PART_COLUMNS[epilogue.mode], **prologue(given),
         **merge_arguments(epilogue, partials and partials.values, tiles, cdiv(out, c.columns), per_group * h * w),
     }  # fmt: skip
     grid = (epilogue.groups * tiles * cdiv(out, c.columns),)
@@ -149,13 +155,14 @@ def prepare_conv(
 
 
 def conv(
-    x: Tensor, weight: Tensor, epilogue: Epilogue | None = None, precision: str = "ieee",
+    x: Tensor | Deferred, weight: Tensor, epilogue: Epilogue | None = None, precision: str = "ieee",
     config: ConvConfig | None = None,
 ) -> tuple[Tensor, Partials | Tensor | None]:  # fmt: skip
     """Convolution of kernel 4, stride 2, padding 1, without bias, and its epilogue.
 
     Args:
-        x: (N, 2H, 2W, C) bfloat16, float16 or float32, contiguous.
+        x: (N, 2H, 2W, C) bfloat16, float16 or float32, contiguous; or, `Deferred`, such a map before its batch norm
+            and activation, in as many groups as the epilogue has.
         weight: (O, 4, 4, C) of x's dtype, contiguous: a Conv2d's weight (O, C, 4, 4), or for its data gradient a
             ConvTranspose2d's (in, out, 4, 4), in channels_last memory and permuted by (0, 2, 3, 1). This one layout
             serves every pass of a layer, so weights are packed once an update, by a cast alone.

@@ -18,19 +18,22 @@ from kernels._triton.launch import (
     on_tensor_cores,
 )
 from kernels._triton.merge import merge, merge_arguments
-from kernels.geometry import Epilogue, Partials
+from kernels._triton.prologue import applied, check_input, prologue
+from kernels.geometry import Deferred, Epilogue, Partials
 
 
 @triton.jit
 def conv_transpose_kernel(
-    x, w, y, saved, state, values, counts, per_group, groups,
+    x, x_state, w, y, saved, state, values, counts, per_group, groups,
     rounds, round_counts, tickets, weight, bias, running_mean, running_var, tracked, merged, rows, eps, momentum,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, CO: tl.constexpr,
     BI: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     MODE: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    BEFORE: tl.constexpr, BEFORE_SLOPE: tl.constexpr,
     PART: tl.constexpr, MERGE: tl.constexpr, TOGETHER: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """y[n,2i+p,2j+q,o] = Σ_{a,b∈{0,1},c} x[n,i+p−a,j+q−b,c] · w[c,1−p+2a,1−q+2b,o], then the epilogue.
+    """y[n,2i+p,2j+q,o] = Σ_{a,b∈{0,1},c} x[n,i+p−a,j+q−b,c] · w[c,1−p+2a,1−q+2b,o], then the epilogue;
+    with x_state, of x batch-normed and activated as it is loaded.
 
     Tile: one phase (p, q) of a box of BI×BH×BW input-sized pixels by BN channels; 4 taps of C channels, BK at a time.
     Bytes: x, w and y once from memory; from L2 x ⌈CO/BN⌉·16 times, the four phases of a box being neighbours.
@@ -62,21 +65,21 @@ def conv_transpose_kernel(
         tap, k0 = step // KC, step % KC * BK
         a, b = tap // 2, tap % 2
         at = (1 - py + 2 * a) * 4 + 1 - px + 2 * b  # the tap's place among the weight's sixteen
+        iy, ix = h + py - a, q + px - b
+        seen = (valid & (iy >= 0) & (iy < H) & (ix >= 0) & (ix < W))[:, None]
         if TMA:
             pixels = x.load([group * per_group + n0, h0 + py - a, w0 + px - b, k0]).reshape(BM, BK)
             weights = w.load([k0, at * CO + column])
         else:
-            iy, ix = h + py - a, q + px - b
-            seen = valid & (iy >= 0) & (iy < H) & (ix >= 0) & (ix < W)
             here = k0 + k < C
-            pixels = tl.load(
-                x + nearest[:, None] + (k0 + k - (a * W + b) * C)[None, :], seen[:, None] & here[None, :], 0.0
-            )
+            pixels = tl.load(x + nearest[:, None] + (k0 + k - (a * W + b) * C)[None, :], seen & here[None, :], 0.0)
             weights = tl.load(
                 w + (k0 + k)[:, None] * (16 * CO) + (at * CO + columns)[None, :],
                 here[:, None] & (columns < CO)[None, :],
                 0.0,
             )
+        if x_state is not None:
+            pixels = applied(pixels, seen, x_state, group, groups, k0 + k, C, BEFORE, BEFORE_SLOPE)
         acc = tl.dot(pixels, weights, acc, input_precision=PRECISION)
 
     places = ((image * 2 * H + 2 * h + py) * 2 * W + 2 * q + px).to(tl.int64)
@@ -92,12 +95,12 @@ def conv_transpose_kernel(
 
 
 def prepare_conv_transpose(
-    x: Tensor, weight: Tensor, epilogue: Epilogue | None = None, precision: str = "ieee",
+    x: Tensor | Deferred, weight: Tensor, epilogue: Epilogue | None = None, precision: str = "ieee",
     config: ConvConfig | None = None, arch: int | None = None, out: Tensor | None = None,
 ) -> Job:  # fmt: skip
     """The job of `conv_transpose`; see there. The default tile is that of capability `arch`, or of the device."""
-    epilogue = epilogue or Epilogue()
-    check_nhwc("x", x)
+    epilogue, given = epilogue or Epilogue(), x
+    x = check_input("x", given, groups=epilogue.groups)
     check_nhwc("weight", weight, x)
     images, h, w, into = x.shape
     channels = weight.shape[3]
@@ -109,7 +112,7 @@ def prepare_conv_transpose(
     check_tensor("out", y, shape, x.dtype, x)
     check_epilogue(epilogue, y, images)
     if channels <= MOST_CHANNELS and epilogue.mode in MODES:
-        return image_job(x, weight, y, epilogue, precision, arch, config)
+        return image_job(given, weight, y, epilogue, precision, arch, config)
     per_group = images // epilogue.groups
     c = config or conv_config(
         "conv_transpose",
@@ -135,6 +138,7 @@ def prepare_conv_transpose(
         "BI": c.images, "BH": c.height, "BW": c.width, "BN": c.columns, "BK": c.depth,
         "MODE": epilogue.mode, "ACTIVATION": epilogue.activation, "SLOPE": epilogue.slope,
         "PRECISION": precision, "TMA": c.tma, "PART": PART_COLUMNS[epilogue.mode],
+        **prologue(given),
         **merge_arguments(
             epilogue, partials and partials.values, boxes * 4, cdiv(channels, c.columns), per_group * 4 * h * w
         ),
@@ -145,13 +149,13 @@ def prepare_conv_transpose(
 
 
 def conv_transpose(
-    x: Tensor, weight: Tensor, epilogue: Epilogue | None = None, precision: str = "ieee",
+    x: Tensor | Deferred, weight: Tensor, epilogue: Epilogue | None = None, precision: str = "ieee",
     config: ConvConfig | None = None, out: Tensor | None = None,
 ) -> tuple[Tensor, Partials | Tensor | None]:  # fmt: skip
     """Transposed convolution of kernel 4, stride 2, padding 1, without bias, and its epilogue.
 
     Args:
-        x: (N, H, W, C) bfloat16, float16 or float32, contiguous.
+        x: (N, H, W, C) bfloat16, float16 or float32, contiguous; or `Deferred`, as for `conv`.
         weight: (C, 4, 4, O) of x's dtype, contiguous: a ConvTranspose2d's weight (C, O, 4, 4), or for its data
             gradient a Conv2d's (out, in, 4, 4), in channels_last memory and permuted by (0, 2, 3, 1): the layout
             that `conv` and `wgrad` have too. Its rows are read along O, which wgmma takes as it is in 16 bits.

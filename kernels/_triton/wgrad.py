@@ -12,12 +12,13 @@ from kernels._triton.launch import (
     Launch,
     arch_of,
     box_view,
-    check_nhwc,
     check_tensor,
     halves_view,
     on_tensor_cores,
 )
+from kernels._triton.prologue import applied, check_input, groups_of, prologue
 from kernels._triton.ticket import last_program, tickets
+from kernels.geometry import Deferred
 
 REDUCE_BLOCK, REDUCE_SHARES = 128, 16
 SETTLED_BYTES = 512 << 10
@@ -26,12 +27,14 @@ SETTLED_BYTES = 512 << 10
 
 @triton.jit
 def wgrad_kernel(
-    low, high, out, gradient, tickets, images,
+    low, high, x_state, out, gradient, tickets, per_group, groups,
     H: tl.constexpr, W: tl.constexpr, L: tl.constexpr, C: tl.constexpr,
     BI: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr, FLAT: tl.constexpr, SETTLE: tl.constexpr,
+    SIDE: tl.constexpr, BEFORE: tl.constexpr, BEFORE_SLOPE: tl.constexpr,
 ):  # fmt: skip
-    """out[s,l,ky,kx,c] = Σ_{n,y,x of share s} low[n,y,x,l] · high[n,2y+ky−1,2x+kx−1,c].
+    """out[s,l,ky,kx,c] = Σ_{n,y,x of share s} low[n,y,x,l] · high[n,2y+ky−1,2x+kx−1,c]; with x_state, of `low` or
+    `high`, as SIDE says, batch-normed and activated as it is loaded.
 
     Tile: BM low channels by BN high channels of one tap, or, FLAT, by BN of the 16·C taps and channels in a row; a box
         of BI×BH×BW pixels is one step of the reduction.
@@ -60,21 +63,29 @@ def wgrad_kernel(
     inside = (f < 16 * C) if FLAT else (n < C)
     r = tl.arange(0, BK)
     acc = tl.zeros((BM, BN), tl.float32)
-    for box in range(share, (images + BI - 1) // BI * TH * TW, SPLIT):
+    in_group = (per_group + BI - 1) // BI * TH * TW
+    for place in range(share, groups * in_group, SPLIT):
+        group, box = place // in_group, place % in_group
         w0, h0, n0 = box % TW * BW, box // TW % TH * BH, box // (TW * TH) * BI
+        image, y, x = n0 + r // (BW * BH), h0 + r // BW % BH, w0 + r % BW
+        valid = ((image < per_group) & (y < H) & (x < W))[:, None]
+        image, n0 = group * per_group + image, group * per_group + n0
+        iy, ix = (2 * y - 1)[:, None] + ky, (2 * x - 1)[:, None] + kx
+        seen = valid & (iy >= 0) & (iy < 2 * H) & (ix >= 0) & (ix < 2 * W)
         if TMA:
             a = low.load([n0, h0, w0, row]).reshape(BK, BM)  # zeros past the picture silence what high has there
             b = high.load([n0, h0 + (ky + 1) // 2 - 1, (ky + 1) % 2, w0 + (kx + 1) // 2 - 1, (kx + 1) % 2 * C + column])
             b = b.reshape(BK, BN)
         else:
-            image, y, x = n0 + r // (BW * BH), h0 + r // BW % BH, w0 + r % BW
-            valid = (image < images) & (y < H) & (x < W)
-            iy, ix = (2 * y - 1)[:, None] + ky, (2 * x - 1)[:, None] + kx
-            seen = valid[:, None] & (iy >= 0) & (iy < 2 * H) & (ix >= 0) & (ix < 2 * W)
             pixel = ((image * H + y) * W + x).to(tl.int64)
             above = ((image[:, None] * 2 * H + iy) * 2 * W + ix).to(tl.int64)
-            a = tl.load(low + pixel[:, None] * L + m[None, :], valid[:, None] & (m < L)[None, :], 0.0)
+            a = tl.load(low + pixel[:, None] * L + m[None, :], valid & (m < L)[None, :], 0.0)
             b = tl.load(high + above * C + n[None, :], seen & inside[None, :], 0.0)
+        if x_state is not None:
+            if SIDE == "low":
+                a = applied(a, valid, x_state, group, groups, m, L, BEFORE, BEFORE_SLOPE)
+            else:
+                b = applied(b, seen, x_state, group, groups, n, C, BEFORE, BEFORE_SLOPE)
         acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
     place = m[:, None] * (16 * C) + f[None, :]
     mask = (m < L)[:, None] & inside[None, :]
@@ -106,12 +117,18 @@ def sum_shares_kernel(shares, out, size, SPLIT: tl.constexpr, BLOCK: tl.constexp
 
 
 def prepare_wgrad(
-    low: Tensor, high: Tensor, precision: str = "ieee", config: WgradConfig | None = None, arch: int | None = None,
-    out: Tensor | None = None,
+    low: Tensor | Deferred, high: Tensor | Deferred, precision: str = "ieee", config: WgradConfig | None = None,
+    arch: int | None = None, out: Tensor | None = None,
 ) -> Job:  # fmt: skip
     """The job of `wgrad`; see there. The default tile is that of capability `arch`, the device's own where None."""
-    check_nhwc("low", low)
-    check_nhwc("high", high, low)
+    sides = {"low": low, "high": high}
+    deferred = [name for name, side in sides.items() if isinstance(side, Deferred)]
+    if len(deferred) == 2:
+        raise ValueError("low and high are both deferred: one of them is a gradient")
+    side = deferred[0] if deferred else "low"
+    groups, before = groups_of(sides[side]), prologue(sides[side])
+    low = check_input("low", low)
+    high = check_input("high", high, low)
     images, h, w, rows = low.shape
     channels = high.shape[3]
     check_tensor("high", high, (images, 2 * h, 2 * w, channels), low.dtype, low)
@@ -131,9 +148,11 @@ def prepare_wgrad(
     arguments = {
         "low": box_view(low, tuple(low.shape), (*box, c.rows)) if c.tma else low,
         "high": halves_view(high, box, c.columns) if c.tma else high,
-        "out": shares, "gradient": None, "tickets": None, "images": images, "H": h, "W": w, "L": rows, "C": channels,
+        "out": shares, "gradient": None, "tickets": None,
+        "per_group": images // groups, "groups": groups, "H": h, "W": w, "L": rows, "C": channels,
         "BI": c.images, "BH": c.height, "BW": c.width, "BM": c.rows, "BN": c.columns, "SPLIT": c.split,
         "PRECISION": precision, "TMA": c.tma, "FLAT": flat, "SETTLE": settle,
+        "SIDE": side, **before,
     }  # fmt: skip
     blocks = cdiv(16 * channels, c.columns) if flat else 16 * cdiv(channels, c.columns)
     tiles = cdiv(rows, c.rows) * blocks
@@ -149,13 +168,15 @@ def prepare_wgrad(
 
 
 def wgrad(
-    low: Tensor, high: Tensor, precision: str = "ieee", config: WgradConfig | None = None, out: Tensor | None = None
-) -> Tensor:
+    low: Tensor | Deferred, high: Tensor | Deferred, precision: str = "ieee", config: WgradConfig | None = None,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Weight gradient of a k4 s2 p1 convolution or transposed convolution.
 
     Args:
         low: (N, H, W, L): a convolution's output gradient, or a transposed convolution's input.
-        high: (N, 2H, 2W, C) of low's dtype: a convolution's input, or a transposed convolution's output gradient.
+        high: (N, 2H, 2W, C) of low's dtype: a convolution's input, or a transposed convolution's output gradient. The
+            input of either may be `Deferred`, a map before its batch norm and activation.
         precision, config: as for `conv`.
         out: where the result goes; a new tensor where None.
 
