@@ -1,5 +1,7 @@
 """The two convolutions against their twins: every geometry of the family, both load paths, every epilogue."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -21,7 +23,7 @@ from kernels.geometry import Deferred, Epilogue, Partials, raw
 only_interpreted()
 
 from kernels._triton.batch_norm import prepare_apply  # noqa: E402
-from kernels._triton.config import ConvConfig, pixel_box  # noqa: E402
+from kernels._triton.config import ConvConfig, image_box, pixel_box  # noqa: E402
 from kernels._triton.conv import prepare_conv  # noqa: E402
 from kernels._triton.conv_transpose import prepare_conv_transpose  # noqa: E402
 
@@ -152,7 +154,7 @@ def test_batch_norm_in_the_load_gives_the_bits_of_an_apply(kind, tma):
 @pytest.mark.parametrize("groups", [1, 2])
 @BOTH_PATHS
 def test_batch_norm_in_the_load_onto_an_image(groups, tma):
-    config = box(64, 5, 4, 16, 16, tma)
+    config = ConvConfig(1, 4, 4, 16, 16, 4, 2, tma)
     check_conv("conv_transpose", 3, groups, 5, 4, 40, 3, "activation", "tanh", config, before="relu")
 
 
@@ -205,7 +207,28 @@ def test_channels_that_tma_cannot_load(kind, into, out):
 @pytest.mark.parametrize("mode", ["activation", "activation_grad"])
 @pytest.mark.parametrize("size, out", [(4, 3), (7, 1), (8, 4)])
 def test_onto_an_image(size, out, mode, tma):
-    check_conv("conv_transpose", 3, 1, size, size, 20, out, mode, "tanh", box(128, size, size, 16, 16, tma))
+    config = ConvConfig(*image_box(128, size, size), 16, 16, 4, 2, tma)
+    check_conv("conv_transpose", 3, 1, size, size, 20, out, mode, "tanh", config)
+
+
+@BOTH_PATHS
+@pytest.mark.parametrize(
+    "height, width, box",
+    [
+        pytest.param(9, 4, (2, 4, 4), id="rims above and below"),
+        pytest.param(4, 9, (1, 4, 4), id="rims left and right"),
+        pytest.param(6, 9, (1, 4, 8), id="rims all around"),
+        pytest.param(5, 4, (2, 4, 4), id="the last tile has one row of its own"),
+    ],
+)
+def test_onto_an_image_of_many_tiles(height, width, box, tma):
+    """What a tile's rim holds belongs to the tiles beside it."""
+    check_conv("conv_transpose", 3, 1, height, width, 16, 3, "activation", "tanh", ConvConfig(*box, 16, 16, 4, 2, tma))
+
+
+def test_a_tile_without_an_inside_is_refused():
+    with pytest.raises(ValueError, match="needs a rim"):
+        prepare_conv_transpose(zeros(1, 8, 8, 16), zeros(16, 4, 4, 3), config=ConvConfig(4, 2, 8, 16, 16, 4, 2, False))
 
 
 def test_onto_an_image_in_half_precision():
@@ -259,6 +282,7 @@ def zeros(*shape, dtype=torch.float32):
     return torch.zeros(shape, dtype=dtype)
 
 
+TMA = box(16, 4, 4, 16, 16, True)
 X, WEIGHT, Y = zeros(2, 8, 8, 16), zeros(24, 4, 4, 16), zeros(2, 4, 4, 24)
 
 
@@ -281,6 +305,7 @@ X, WEIGHT, Y = zeros(2, 8, 8, 16), zeros(24, 4, 4, 16), zeros(2, 4, 4, 24)
         (lambda: prepare_conv(X, WEIGHT, config=box(32, 4, 4, 16, 32, True)), "must be a multiple of depth"),
         (lambda: prepare_conv(zeros(4097)[1:].view(4, 8, 8, 16), WEIGHT), "must be 16-byte aligned"),
         (lambda: prepare_conv_transpose(Y, zeros(16, 4, 4, 24)), "weight has shape"),
+        (lambda: prepare_conv_transpose(Y[..., :6].clone(), zeros(6, 4, 4, 3), config=TMA), "6 channels must be"),
         (lambda: prepare_conv(Deferred(X, zeros(4, 2, 16)), WEIGHT), r"x.state has shape .* \(4, 1, 16\)"),
         (lambda: prepare_conv(Deferred(X, zeros(4, 1, 16), "tanh"), WEIGHT), "x.activation is 'tanh'"),
         (lambda: prepare_conv_transpose(Y, zeros(24, 4, 4, 5), config=box(32, 4, 4, 16, 16, True)), "multiples of 16"),
@@ -291,6 +316,7 @@ def test_errors_name_the_argument(call, message):
         call()
 
 
+BOX = ("images", "height", "width")
 shapes = {
     "images": st.integers(1, 5), "height": st.integers(1, 9), "width": st.integers(1, 9), "tma": st.booleans(),
     "pixels": st.sampled_from([16, 32, 64]), "columns": st.sampled_from([16, 32]), "seed": st.integers(0, 999),
@@ -304,10 +330,10 @@ def any_conv(kind):
         before=st.sampled_from([None, "none", "relu", "leaky_relu"]), **shapes,
     )  # fmt: skip
     def check(images, groups, height, width, into, out, mode, activation, before, pixels, columns, tma, seed):
-        if kind == "conv_transpose" and seed % 4 == 0:
-            out = 1 + out % 4  # an image
-        elif tma:  # what the launcher refuses otherwise
+        if tma:  # what the launcher refuses otherwise
             into, out = -(-into // 16) * 16, -(-out // 4) * 4
+        if kind == "conv_transpose" and seed % 4 == 0:
+            out, tma = 1 + out % 4, tma and mode.startswith("activation")  # an image
         if mode == "statistics":
             activation = "none"
         elif mode == "batch_norm_grad" and activation == "tanh":
@@ -315,6 +341,8 @@ def any_conv(kind):
         if groups * images * height * width < 2:
             images = 2
         config = box(pixels, height, width, columns, 16, tma)
+        if kind == "conv_transpose" and out <= 4:
+            config = replace(config, **dict(zip(BOX, image_box(pixels, height, width), strict=True)))
         check_conv(kind, images, groups, height, width, into, out, mode, activation, config, seed=seed, before=before)
 
     return check

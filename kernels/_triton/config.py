@@ -128,6 +128,32 @@ def conv_config(
     return ConvConfig(*box, columns, depth, warps, stages, tma)
 
 
+def inner(size: int, box: int) -> int:
+    """Of a box's side, the pixels whose neighbours it holds: all where the picture ends with it, else all but a rim."""
+    return box if size <= box else box - 2
+
+
+def image_box(pixels: int, height: int, width: int) -> tuple[int, int, int]:
+    """The box of `pixels` that reads the fewest of them twice for its rims; whole pictures where some fit."""
+    sides = [1 << e for e in range(pixels.bit_length()) if 1 << e <= max(4, power_of_two(max(height, width)))]
+    found = [
+        (cdiv(height, inner(height, h)) * h * cdiv(width, inner(width, w)) * w, -w, pixels // (h * w), h)
+        for h in sides
+        for w in sides
+        if h * w <= pixels and inner(height, h) > 0 and inner(width, w) > 0
+    ]
+    _, w, images, h = min(found)
+    return images, h, -w
+
+
+def image_config(height: int, width: int, into: int, itemsize: int, arch: int, tensor_cores: bool = True) -> ConvConfig:
+    """The default tile of a transposed convolution onto an image, from `into` channels; arguments as above."""
+    depth = min(128 // itemsize if tensor_cores else 16, max(16, power_of_two(into)))
+    tma = tensor_cores and arch >= 90 and tma_fits((into,), itemsize)
+    pixels, warps = (256, 8) if tensor_cores else (128, 4)
+    return ConvConfig(*image_box(pixels, height, width), 16, depth, warps, 3, tma)
+
+
 def wgrad_config(
     images: int, height: int, width: int, low: int, high: int, itemsize: int, arch: int, tensor_cores: bool = True
 ) -> WgradConfig:
