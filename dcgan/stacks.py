@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dcgan.weights import Weights
 from kernels import reference, tuning
-from kernels.geometry import STATE, Deferred, Epilogue, Layer, Merge, Partials
+from kernels.geometry import STATE, Deferred, Epilogue, Layer, Merge, Partials, Shares
 
 
 class Judged(NamedTuple):
@@ -209,15 +209,17 @@ class Discriminator(Stack):
             out=head.grad if weights else None,
             merge=self.below(body[-1], kept[-1], groups, weights).merge,
         )
+        pending: list[Shares] = []
         for i in range(len(body) - 1, -1, -1):
             stage = body[i]
             dy = g if stage.norm is None else self.norm_backward(stage, kept[i], g, partials, weights)
             if weights:
-                self.launch.wgrad(dy, kept[i].x, out=stage.grad, **self.options)
+                self.launch.wgrad(dy, kept[i].x, out=stage.grad, pending=pending, **self.options)
             if i:
                 into = self.below(body[i - 1], kept[i - 1], groups, weights)
                 g, partials = self.launch.conv_transpose(dy, stage.weight, into, **self.options)
         if weights:
+            self.launch.sum_shares(pending)
             return None
         into = Epilogue("tanh", saved=self.images[-len(dlogits) :])
         return self.launch.conv_transpose(dy, body[0].weight, into, **self.options)[0]
@@ -252,13 +254,15 @@ class Generator(Stack):
 
     def backward(self, dy: Tensor) -> None:
         """From the gradient by what the images' tanh saw; leaves the parameters' gradients in place."""
+        pending: list[Shares] = []
         for i in range(len(self.stages) - 1, 0, -1):
             stage, before, below = self.stages[i], self.kept[i - 1], self.stages[i - 1]
-            self.launch.wgrad(self.kept[i].x, dy, out=stage.grad, **self.options)
+            self.launch.wgrad(self.kept[i].x, dy, out=stage.grad, pending=pending, **self.options)
             into = self.below(below, before, 1, True)
             g, partials = self.launch.conv(dy, stage.weight, into, **self.options)
             dy = self.norm_backward(below, before, g, partials, True)
         product(self.kept[0].x.t(), dy.flatten(1), self.stages[0].grad.flatten(1))
+        self.launch.sum_shares(pending)
         self.kept = []
 
 

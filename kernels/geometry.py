@@ -171,6 +171,16 @@ class Partials(NamedTuple):
     counts: Tensor | None
 
 
+class Shares(NamedTuple):
+    """A weight gradient that several programs have a share in, yet to be added up.
+
+    values: (shares, L, 4, 4, C) float32. gradient: (L, 4, 4, C) float32, where their sum goes.
+    """
+
+    values: Tensor
+    gradient: Tensor
+
+
 class Deferred(NamedTuple):
     """A map whose batch norm and activation are yet to be applied: a GEMM does so as it loads it, its prologue.
 

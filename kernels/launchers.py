@@ -1,7 +1,8 @@
 """The launchers of each backend, by name: the kernels of a step, with the same signatures and results everywhere.
 
-`conv`, `conv_transpose`, `wgrad`; `statistics`, `merge_statistics`, `apply`, `activation_grad`, `merge_sums`,
-`apply_grad`; `head`, `head_grad`, `gan_loss`; `adam_table`, `adam`; `gather`. `kernels._triton` says what each does.
+`conv`, `conv_transpose`, `wgrad`, `sum_shares`; `statistics`, `merge_statistics`, `apply`, `activation_grad`,
+`merge_sums`, `apply_grad`; `head`, `head_grad`, `gan_loss`; `adam_table`, `adam`; `gather`. `kernels._triton` says
+what each does.
 """
 
 import functools
@@ -58,6 +59,7 @@ def _triton() -> SimpleNamespace:
         conv=conv.conv,
         conv_transpose=conv_transpose.conv_transpose,
         wgrad=wgrad.wgrad,
+        sum_shares=wgrad.sum_shares,
         statistics=batch_norm.statistics,
         merge_statistics=batch_norm.merge_statistics,
         apply=batch_norm.apply,

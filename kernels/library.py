@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import reference
-from kernels.geometry import Deferred, Epilogue, Partials
+from kernels.geometry import Deferred, Epilogue, Partials, Shares
 
 
 @contextmanager
@@ -79,10 +79,11 @@ class Products:
         return y if out is None else out.copy_(y), partials
 
     def wgrad(
-        self, low: Tensor | Deferred, high: Tensor | Deferred, precision: str = "ieee", out: Tensor | None = None
-    ) -> Tensor:
+        self, low: Tensor | Deferred, high: Tensor | Deferred, precision: str = "ieee", out: Tensor | None = None,
+        pending: list[Shares] | None = None,
+    ) -> Tensor:  # fmt: skip
         """Weight gradient (L, 4, 4, C) float32 from low (N, H, W, L) and high (N, 2H, 2W, C), in whose type it is
-        rounded by the library."""
+        rounded by the library; nothing is left pending."""
         low, high = self.settled(low), self.settled(high)
         shape = high.new_empty(()).expand(low.shape[3], high.shape[3], 4, 4)  # the library reads its shape alone
         with arithmetic(low.dtype, precision):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.geometry import Activation, Deferred, Epilogue, Merge, Partials
+from kernels.geometry import Activation, Deferred, Epilogue, Merge, Partials, Shares
 
 
 def activate(z: Tensor, activation: Activation, slope: float = 0.2) -> Tensor:
@@ -82,14 +82,22 @@ def conv_transpose(
     return (y if out is None else out.copy_(y)), partials
 
 
-def wgrad(low: Tensor | Deferred, high: Tensor | Deferred, out: Tensor | None = None) -> Tensor:
-    """Weight gradient (L, 4, 4, C) from low (N, H, W, L) and high (N, 2H, 2W, C); at least float32."""
+def wgrad(
+    low: Tensor | Deferred, high: Tensor | Deferred, out: Tensor | None = None, pending: list[Shares] | None = None
+) -> Tensor:
+    """Weight gradient (L, 4, 4, C) from low (N, H, W, L) and high (N, 2H, 2W, C); at least float32, nothing pending."""
     low, high = settled(low), settled(high)
     wide = torch.promote_types(low.dtype, torch.float32)
     windows = F.unfold(high.permute(0, 3, 1, 2).to(wide), 4, stride=2, padding=1)  # (N, C·16, H·W)
     gradient = torch.einsum("npl,nkp->lk", low.flatten(1, 2).to(wide), windows)
     gradient = gradient.view(low.shape[-1], high.shape[-1], 4, 4).permute(0, 2, 3, 1)
     return gradient.contiguous() if out is None else out.copy_(gradient)
+
+
+def sum_shares(pending: Sequence[Shares]) -> None:
+    """gradient = Σ of its shares, of each that is pending."""
+    for values, gradient in pending:
+        gradient.copy_(values.sum(0))
 
 
 def statistics(y: Tensor, groups: int = 1, merge: Merge | None = None) -> Partials | Tensor:

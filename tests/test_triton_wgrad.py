@@ -21,7 +21,7 @@ from kernels.geometry import Deferred
 only_interpreted()
 
 from kernels._triton import wgrad  # noqa: E402
-from kernels._triton.config import WgradConfig, pixel_box  # noqa: E402
+from kernels._triton.config import FLAT_CHANNELS, WgradConfig, pixel_box  # noqa: E402
 from kernels._triton.wgrad import prepare_wgrad  # noqa: E402
 
 
@@ -82,7 +82,7 @@ def test_in_half_precision(tma):
 def test_batch_norm_in_the_load(before, side, tma):
     """Two groups of three images by boxes of two, which must not mix them; padding of the high side."""
     config = WgradConfig(2, 4, 4, 16, 16, 2, 4, 2, tma)
-    check_wgrad(3, 5, 4, 24, 24, config, before=before, side=side, groups=2)
+    check_wgrad(3, 5, 4, 16, 16, config, before=before, side=side, groups=2)
 
 
 @pytest.mark.parametrize("side", ["low", "high"])
@@ -102,11 +102,31 @@ def test_deterministic():
     assert torch.equal(*(prepare_wgrad(low, high, config=config).run() for _ in range(2)))
 
 
-def test_many_shares_are_summed_by_a_launch_of_their_own(monkeypatch):
-    monkeypatch.setattr(wgrad, "SETTLED_BYTES", 0)
-    config = WgradConfig(1, 4, 4, 16, 16, 18, 4, 2, True)
-    assert len(prepare_wgrad(torch.zeros(9, 8, 8, 16), torch.zeros(9, 16, 16, 16), config=config).launches) == 2
-    check_wgrad(9, 8, 8, 16, 16, config)
+@BOTH_PATHS
+@pytest.mark.parametrize("taps", [2, 4])
+@pytest.mark.parametrize("before, side", [(None, "low"), ("relu", "low"), ("leaky_relu", "high")])
+def test_taps_side_by_side(taps, before, side, tma):
+    """A low box serves several taps of a row; the first and the last reach over either edge of the picture."""
+    config = WgradConfig(1, 4, 4, 16, 16, 2, 4, 2, tma, taps)
+    check_wgrad(2, 5, 4, 16, 24, config, before=before, side=side)
+
+
+def test_pending_gradients_are_summed_together():
+    """Five of them: a launch for four, and another; each of a size, and a number of shares, of its own."""
+    generator, pending, wanted = torch.Generator().manual_seed(0), [], []
+    for high, split in ((3, 2), (16, 3), (20, 1), (16, 17), (7, 2), (16, 4)):
+        low, high = tensor(generator, 2, 4, 4, 16), tensor(generator, 2, 8, 8, high)
+        out = fenced(torch.full((16, 4, 4, high.shape[3]), float("nan")))
+        config = WgradConfig(1, 2, 2, 16, 16, split, 4, 2, False)
+        wgrad.prepare_wgrad(low, high, config=config, out=out, pending=pending).run()
+        wanted.append((out, reference.wgrad(low.double(), high.double())))
+    assert [len(values) for values, _ in pending] == [2, 3, 17, 2, 4]
+    job = wgrad.prepare_sum_shares(pending)
+    assert len(job.launches) == 2
+    run_guarded(job, *(t for shares in pending for t in shares))
+    for out, exact in wanted:
+        torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-4)
+    wgrad.sum_shares([])  # nothing to do
 
 
 LOW, HIGH = torch.zeros(2, 4, 4, 24), torch.zeros(2, 8, 8, 16)
@@ -123,6 +143,14 @@ STATE = torch.zeros(4, 1, 24)
             lambda: prepare_wgrad(LOW, torch.zeros(2, 8, 8, 3), config=WgradConfig(1, 4, 4, 16, 16, 1, 4, 2, True)),
             "of 16",
         ),
+        (
+            lambda: prepare_wgrad(LOW, HIGH, config=WgradConfig(1, 4, 4, 16, 16, 1, 4, 2, True, 3)),
+            "taps must be 1, or 2",
+        ),
+        (
+            lambda: prepare_wgrad(LOW, HIGH[..., :3].clone(), config=WgradConfig(1, 4, 4, 16, 16, 1, 4, 2, False, 2)),
+            "taps must be 1,",
+        ),
         (lambda: prepare_wgrad(Deferred(LOW, STATE), Deferred(HIGH, STATE)), "both deferred"),
         (lambda: prepare_wgrad(Deferred(LOW, STATE[:, :, :8]), HIGH), "low.state has shape"),
         (lambda: prepare_wgrad(Deferred(LOW, torch.zeros(4, 3, 24)), HIGH), "3 groups: they must divide"),
@@ -136,13 +164,15 @@ def test_errors_name_the_argument(call, message):
 @given(
     images=st.integers(1, 5), height=st.integers(1, 9), width=st.integers(1, 9), low=st.integers(1, 40),
     high=st.integers(1, 40), pixels=st.sampled_from([16, 32, 64]), columns=st.sampled_from([16, 32]),
-    split=st.integers(1, 4), tma=st.booleans(), groups=st.integers(1, 2), side=st.sampled_from(["low", "high"]),
+    split=st.integers(1, 4), taps=st.sampled_from([1, 2, 4]), tma=st.booleans(), groups=st.integers(1, 2),
+    side=st.sampled_from(["low", "high"]),
     before=st.sampled_from([None, "none", "relu", "leaky_relu"]), seed=st.integers(0, 999),
 )  # fmt: skip
-def any_wgrad(images, height, width, low, high, pixels, columns, split, tma, groups, side, before, seed):
+def any_wgrad(images, height, width, low, high, pixels, columns, split, taps, tma, groups, side, before, seed):
     if tma:
         low, high = -(-low // 4) * 4, -(-high // 4) * 4
-    config = WgradConfig(*pixel_box(pixels, height, width), 16, columns, split, 4, 2, tma)
+    taps = 1 if high < FLAT_CHANNELS and not tma else taps
+    config = WgradConfig(*pixel_box(pixels, height, width), 16, columns, split, 4, 2, tma, taps)
     options = {} if before is None else {"before": before, "side": side, "groups": groups}
     check_wgrad(images, height, width, low, high, config, seed=seed, **options)
 

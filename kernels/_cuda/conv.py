@@ -11,7 +11,7 @@ from kernels._cuda import image
 from kernels._cuda import launch as _launch
 from kernels._cuda.epilogue import check_conv, check_conv_transpose, check_epilogue, output
 from kernels._cuda.launch import DTYPES, slope_of
-from kernels.geometry import Epilogue, Partials
+from kernels.geometry import Epilogue, Partials, Shares
 
 TILE_PIXELS, DEPTH = 128, 64
 """As in csrc/conv_tile.h: pixels of a tile, and how many input channels it takes at a time."""
@@ -134,9 +134,13 @@ def conv_transpose(
 
 
 def wgrad(
-    low: Tensor, high: Tensor, precision: str = "ieee", config: int | None = None, out: Tensor | None = None
-) -> Tensor:
-    """Weight gradient (L, 4, 4, C) float32 of low (N, H, W, L) and an image high (N, 2H, 2W, C); in `out` if given."""
+    low: Tensor, high: Tensor, precision: str = "ieee", config: int | None = None, out: Tensor | None = None,
+    pending: list[Shares] | None = None,
+) -> Tensor:  # fmt: skip
+    """Weight gradient (L, 4, 4, C) float32 of low (N, H, W, L) and an image high (N, 2H, 2W, C); in `out` if given.
+
+    It adds its shares up itself, and leaves nothing pending.
+    """
     _check("wgrad", low, high, None, precision)
     return image.wgrad(low, high, out)
 

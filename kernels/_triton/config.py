@@ -16,6 +16,9 @@ SMS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148}
 FLAT_CHANNELS = 16
 """Below this, `conv` and `wgrad` put all taps and channels of the high-resolution side in one row."""
 
+WGRAD_TILES = ((128, 128, 1), (128, 128, 2), (128, 256, 1), (128, 64, 1), (128, 64, 2), (128, 64, 4))
+"""Rows, columns and taps of a 16-bit weight gradient's tiles on TMA; none spills (`bench.resources`)."""
+
 PHASES = {"conv": 1, "conv_transpose": 4}
 
 
@@ -47,8 +50,9 @@ class ConvConfig:
 
 @dataclass(frozen=True)
 class WgradConfig:
-    """The tile of a weight gradient: `rows` channels of the low-resolution side by `columns` of the high one, for one
-    tap; the box of pixels is the reduction's step, and `split` programs share one tile's pixels."""
+    """The tile of a weight gradient: `rows` channels of the low-resolution side by `columns` of the high one, for each
+    of `taps` (1, 2 or 4) side by side; the box of pixels is the reduction's step, and `split` programs share one tile's
+    pixels."""
 
     images: int
     height: int
@@ -59,6 +63,7 @@ class WgradConfig:
     warps: int
     stages: int
     tma: bool
+    taps: int = 1
 
     @property
     def depth(self) -> int:
@@ -114,13 +119,21 @@ def conv_config(
     tma = tensor_cores and arch >= 90 and tma_fits(channels, itemsize)
     tma = tma and (kind == "conv_transpose" or into % depth == 0)
     if tma and itemsize == 2:
-        shapes = [(128, 256, 8, 4), (128, 128, 8, 4), (128, 64, 8, 4), (64, 64, 4, 4), (64, 32, 4, 4)]
+        shapes = [
+            (128, 256, 8, 4),
+            (256, 128, 8, 4),
+            (128, 128, 8, 4),
+            (256, 64, 8, 4),
+            (128, 64, 8, 4),
+            (64, 64, 4, 4),
+        ]
+        shapes.append((64, 32, 4, 4))
     else:  # four warps: flattened loops over pointers have miscompiled at eight (triton#189660, pytorch#173068)
         shapes = [(128, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 3)][itemsize // 4 :]
         depth = min(depth, 64 if flat and itemsize == 2 else 32 if tensor_cores else 16)
     narrow = max(16, power_of_two(out))
-    for rows, columns, warps, stages in shapes:  # noqa: B007 (used after the loop)
-        columns = min(columns, narrow)
+    fitting = [shape for shape in shapes if shape[1] <= narrow] or [(128, narrow, 4, shapes[-1][3])]
+    for rows, columns, warps, stages in fitting:  # noqa: B007 (used after the loop)
         box = pixel_box(rows, height, width)
         tiles = groups * boxes(box, images, height, width) * PHASES[kind] * cdiv(out, columns)
         if tiles >= 0.9 * SMS[arch]:
@@ -157,13 +170,23 @@ def image_config(height: int, width: int, into: int, itemsize: int, arch: int, t
 def wgrad_config(
     images: int, height: int, width: int, low: int, high: int, itemsize: int, arch: int, tensor_cores: bool = True
 ) -> WgradConfig:
-    """The default tile of a weight gradient; arguments as above, `images` being all of them."""
+    """The default tile of a weight gradient, that moves least; arguments as above, `images` being all of them."""
     tma = tensor_cores and arch >= 90 and tma_fits((low, high), itemsize)
-    side, depth, warps, stages = (128, 64, 8, 4) if tma and itemsize == 2 else (64, 32 if tensor_cores else 16, 4, 3)
     flat = not tma and high < FLAT_CHANNELS
-    rows = min(side, max(16, power_of_two(low)))
-    columns = min(side, max(16, power_of_two(16 * high if flat else high)))
+    if tma and itemsize == 2:
+        shapes, depth, warps, stages = WGRAD_TILES, 64, 8, 4
+    else:
+        shapes, depth, warps, stages = ((64, 64, 1),), 32 if tensor_cores else 16, 4, 3
     box = pixel_box(depth, height, width)
-    tiles = cdiv(low, rows) * (cdiv(16 * high, columns) if flat else 16 * cdiv(high, columns))
-    split = max(1, min(SMS[arch] // tiles, boxes(box, images, height, width) // 4))
-    return WgradConfig(*box, rows, columns, split, warps, stages, tma)
+    steps = boxes(box, images, height, width)
+    found = []
+    for most_rows, most_columns, taps in shapes:
+        rows = min(most_rows, max(16, power_of_two(low)))
+        columns = min(most_columns, max(16, power_of_two(16 * high if flat else high)))
+        tiles = cdiv(low, rows) * (cdiv(16 * high, columns) if flat else 16 // taps * cdiv(high, columns))
+        split = max(1, min(SMS[arch] // tiles, steps // 4))
+        loaded = tiles * steps * depth * (rows + columns * taps) * itemsize
+        shares = 3 * split * low * 16 * high * 4 if split > 1 else 0  # written, written back, read
+        idle = cdiv(tiles * split, SMS[arch]) * SMS[arch] / (tiles * split)
+        found.append((loaded * idle + shares, WgradConfig(*box, rows, columns, split, warps, stages, tma, taps)))
+    return min(found, key=lambda pair: pair[0])[1]
