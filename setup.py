@@ -10,6 +10,8 @@ torch.utils.cpp_extension is not used, because it refuses to compile CUDA where 
 """
 
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -68,13 +70,17 @@ def commands(nvcc: str, torch: Path, objects: Path, target: Path) -> list[tuple[
 def build(nvcc: str, torch: Path, objects: Path, target: Path) -> None:
     """Compile and link, `MAX_JOBS` compilers at a time: by ninja what has changed, without it everything."""
     steps = commands(nvcc, torch, objects, target)
-    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    wanted = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+    if not wanted.isdecimal() or not int(wanted):
+        raise CompileError(f"MAX_JOBS is {wanted!r}: expected a positive number of compilers")
+    jobs = int(wanted)
     for directory in (objects, target.parent):
         directory.mkdir(parents=True, exist_ok=True)
     if ninja := shutil.which("ninja"):
-        lines = [f"builddir = {objects}", "rule run", "  command = $line"]
+        lines = [f"builddir = {ninja_path(objects)}", "rule run", "  command = $line"]
         for out, line, sources in steps:
-            lines += [f"build {out}: run {' '.join(map(str, sources))}", f"  line = {' '.join(line)}"]
+            lines.append(f"build {ninja_path(out)}: run {' '.join(map(ninja_path, sources))}")
+            lines.append(f"  line = {shlex.join(line).replace('$', '$$')}")
         file = objects / "build.ninja"
         file.write_text("\n".join(lines) + "\n")
         run([ninja, "-f", str(file), "-j", str(jobs)])
@@ -84,9 +90,17 @@ def build(nvcc: str, torch: Path, objects: Path, target: Path) -> None:
     run(steps[-1][1])
 
 
+def ninja_path(path: Path) -> str:
+    """A path as ninja reads it, whatever is in it."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
 def run(line: list[str]) -> None:
     """Run a compiler; CompileError, the complaint in its first line and all that was said behind it."""
-    done = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        done = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    except OSError as error:  # no program, or no permission to run it
+        raise CompileError(f"{line[0]} does not start: {error}") from None
     if done.returncode:
         said = done.stdout.strip().splitlines() or [f"{line[0]} returned {done.returncode}"]
         complaint = next((text for text in said if "error" in text.lower()), said[-1])
@@ -104,7 +118,7 @@ class BuildCuda(build_ext):
             self.build_cuda(target)
         except CompileError as error:
             print(f"the CUDA extension is not built: {error}", file=sys.stderr)
-            reason_beside(target).write_text(f"{error}\n")
+            reason_beside(target).write_text(f"{error}\n", encoding="utf-8")
             raise  # setuptools goes on without an optional extension
 
     def copy_extensions_to_source(self) -> None:
@@ -124,6 +138,8 @@ class BuildCuda(build_ext):
             import torch
         except ImportError:
             raise CompileError("torch is not visible to the build: install with pip's --no-build-isolation") from None
+        except OSError as error:  # a library that torch needs is missing
+            raise CompileError(f"torch does not load: {error}") from None
         if optional() and torch.version.cuda is None:
             raise CompileError(f"torch {torch.__version__} has no CUDA (DCGAN_BUILD_CUDA=1 builds all the same)")
         build(nvcc, Path(torch.__file__).parent, Path(self.build_temp) / "kernels_C", target)

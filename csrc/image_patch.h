@@ -31,10 +31,11 @@ inline Boxes image_boxes(int64_t images, int64_t height, int64_t width, int pixe
   return b;
 }
 
-// Blocks that fill the GPU `each` times an SM, or all there are to do; three on a host, so that its tests loop.
-inline unsigned resident_blocks(int64_t blocks, int each) {
+// Blocks that fill the GPU `each` times an SM, or all there are to do; three on a host, so that its tests loop, unless
+// they pick blocks.
+inline unsigned resident_blocks(int64_t blocks, [[maybe_unused]] int each) {
 #ifdef DCGAN_HOST
-  const int64_t most = 3 + 0 * each;
+  const int64_t most = host::state.last_block == UINT64_MAX ? 3 : blocks;
 #else
   int device = 0, processors = 132;
   cudaGetDevice(&device);

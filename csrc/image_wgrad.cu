@@ -123,7 +123,8 @@ __global__ void __launch_bounds__(THREADS, blocks_an_sm(C)) image_wgrad_kernel(A
 //
 // Tile: 32 elements; a warp adds every eighth share in order, and one warp the eight sums in order.
 // Bytes: 4·(split + 1) an element, out of L2, as the shares were just written.
-// Accumulates in fp32, the same way every time, as atomics would not.
+// Accumulates in fp32, in an order that `split` alone decides.
+// Beats float atomics, whose order differs from run to run.
 __global__ void sum_shares(const float* shares, float* out, int64_t size, int64_t split) {
   __shared__ float sums[8][SUMMED];
   const int lane = threadIdx.x % SUMMED, part = threadIdx.x / SUMMED;

@@ -25,6 +25,7 @@ CSRC = Path(__file__).parent.parent / "csrc"
 FLAGS = "-std=c++20 -DDCGAN_HOST -fPIC -shared -fno-strict-aliasing -fno-gnu-unique -Wno-unknown-pragmas -O1".split()
 SANITIZE = "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined".split()
 LOADED = []
+STREAM = ctypes.c_void_p(1)  # CALLERS_STREAM of csrc/host.h
 TYPES = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}
 
 
@@ -84,7 +85,7 @@ def library(source):
 def call(op, *arguments, source=None):
     """An op of the extension on CPU tensors; `source` is a library to take the place of csrc's own."""
     passed = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
-    error = getattr(source or library(source_of(op)), op)(None, *passed)
+    error = getattr(source or library(source_of(op)), op)(STREAM, *passed)
     assert error == 0, f"{op}: error {error}"
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cuda_host import CSRC, assert_sum_accurate, in_both_orders, library, on_host
+from cuda_host import CSRC, STREAM, assert_sum_accurate, in_both_orders, library, on_host
 from hypothesis import given
 from hypothesis import strategies as st
 from interpreter import fenced, generated
@@ -179,7 +179,7 @@ def test_offsets_beyond_two_to_the_31():
     source = library(CSRC / "batch_norm.cu")
     source.host_blocks(last, last)
     try:
-        assert source.bn_apply(None, base[0], state.data_ptr(), base[1], 0, rows, 1, channels, height, 0.5) == 0
+        assert source.bn_apply(STREAM, base[0], state.data_ptr(), base[1], 0, rows, 1, channels, height, 0.5) == 0
     finally:
         source.host_blocks(0, 2**64 - 1)
     torch.testing.assert_close(out, reference.apply(y, state, "leaky_relu", 0.5))

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -80,6 +81,42 @@ def test_auto_goes_on_after_a_failure_and_leaves_no_older_extension(build, tmp_p
     assert (folder / "_C.txt").read_text().startswith("error: out of patience")
 
 
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ("not executable", "cuda/bin/nvcc does not start: .*Permission denied"),
+        ("speaks no UTF-8", "error: \N{REPLACEMENT CHARACTER}"),
+        ("MAX_JOBS", "MAX_JOBS is '0': expected a positive number"),
+        ("isolation", "torch is not visible to the build: install with pip's --no-build-isolation"),
+        ("torch", "torch does not load: libcudart.so.13 is missing"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["auto", "1"])
+def test_no_fault_of_a_build_breaks_an_install_by_auto(build, tmp_path, monkeypatch, mode, fault, message):
+    lines = ["printf 'error: \\351\\n'", "exit 1"] if fault == "speaks no UTF-8" else WORKS
+    calls = fake_nvcc(monkeypatch, tmp_path, *lines)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("DCGAN_BUILD_CUDA", mode)
+    if fault == "MAX_JOBS":
+        monkeypatch.setenv("MAX_JOBS", "0")
+    elif fault == "not executable":
+        (tmp_path / "cuda/bin/nvcc").chmod(0o644)
+        monkeypatch.setattr(build.shutil, "which", lambda name: None)  # nor ninja, which would say it by itself
+    elif fault == "isolation":
+        monkeypatch.setitem(sys.modules, "torch", None)
+    elif fault == "torch":
+        (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.13 is missing')")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "torch")
+    if mode == "1":
+        with pytest.raises(CompileError, match=message):
+            build_ext(build, tmp_path)
+        return
+    (note,) = build_ext(build, tmp_path).iterdir()
+    assert note.name == "_C.txt" and re.search(message, note.read_text(encoding="utf-8").splitlines()[0])
+    assert calls.exists() == (lines is not WORKS)
+
+
 def test_an_editable_install_has_the_extension_or_the_reason(build, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     fake_nvcc(monkeypatch, tmp_path / "works", *WORKS)
@@ -110,9 +147,7 @@ def test_1_needs_nvcc_alone(build, tmp_path, monkeypatch):
     calls = fake_nvcc(monkeypatch, tmp_path, *WORKS)
     assert os.listdir(build_ext(build, tmp_path)) == ["_C.abi3.so"]
     compiled = [line.split()[line.split().index("-c") + 1] for line in calls.read_text().splitlines() if " -c " in line]
-    assert sorted(compiled) == sorted(
-        str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.c*") if p.suffix != ".cuh"
-    )
+    assert sorted(compiled) == sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.c*"))
 
 
 @pytest.mark.parametrize("ninja", [True, False], ids=["ninja", "threads"])
@@ -134,9 +169,10 @@ def test_what_has_changed_is_compiled_again(build, tmp_path, monkeypatch, ninja)
             later = (source / changed).stat().st_mtime + 10
             os.utime(source / changed, (later, later))
             calls.unlink()
-        build.build(str(build.find_nvcc()), Path(torch.__file__).parent, tmp_path / "objects", tmp_path / "out.so")
+        objects, out = tmp_path / "a folder: $1", tmp_path / "an out.so"  # what shells and ninja would take apart
+        build.build(str(build.find_nvcc()), Path(torch.__file__).parent, objects, out)
         counts.append(calls.read_text().count(" -c "))
-        assert (tmp_path / "out.so").exists()
+        assert out.exists() and (objects / "a.cu.o").exists()
     assert counts == ([2, 1, 2] if ninja else [2, 2, 2])
 
 
@@ -165,9 +201,9 @@ def package(folder):
 
 
 def python(folder, code):
-    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done
@@ -194,17 +230,24 @@ else:
 
 
 def test_a_broken_extension_warns_once_and_the_package_works(tmp_path):
+    """Here a library whose copy was cut short, which would kill the process were it loaded."""
     library = package(tmp_path) / "kernels" / "_C.abi3.so"
-    library.write_bytes(b"no library")
+    library.write_bytes(Path(torch._C.__file__).read_bytes()[:-4096])
     done = python(tmp_path, WITHOUT)
     assert done.stderr.count("RuntimeWarning") == 1
     assert f"the extension kernels._C does not load: {library}" in done.stderr
-    assert "does not load" in done.stdout
+    assert "cut short" in done.stdout
+    library.write_bytes(b"no library")
+    assert _cuda.load(library).startswith(f"the extension kernels._C does not load: {library}: ")
 
 
 def test_without_an_extension_the_cause_is_told(tmp_path):
     path = tmp_path / "_C.abi3.so"
     assert "kernels._C is not built: `DCGAN_BUILD_CUDA=1 pip install" in _cuda.load(path)
+    (tmp_path / "_C.txt").write_bytes(b"")  # of a disk that was full
+    assert "kernels._C is not built: `DCGAN_BUILD_CUDA=1 pip install" in _cuda.load(path)
+    (tmp_path / "_C.txt").write_bytes(b"nvcc said \xe9")
+    assert _cuda.load(path).endswith("nvcc said \N{REPLACEMENT CHARACTER}")
     (tmp_path / "_C.txt").write_text("nvcc lost patience\nand a log of what it said\n")
     assert _cuda.load(path) == "the extension kernels._C is not built: nvcc lost patience"
 
@@ -242,24 +285,13 @@ with FakeTensorMode():
 """
 
 
-@pytest.mark.skipif(
-    not shutil.which("nvcc") and not Path("/usr/local/cuda/bin/nvcc").exists(), reason="nvcc is not installed"
-)
+@pytest.mark.skipif(not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()), reason="no nvcc")
 def test_built_by_nvcc_it_loads_into_this_torch(tmp_path):
     """Schemas, fakes and argument checks; the machine code is not optimised, since no GPU will see it."""
-    environment = os.environ | {
-        "DCGAN_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0a", "NVCC_APPEND_FLAGS": "-Xcicc=-O0 -Xptxas=-O0",
-    }  # fmt: skip
-    command = [
-        sys.executable,
-        "setup.py",
-        "-q",
-        "build_ext",
-        "--build-lib",
-        tmp_path,
-        "--build-temp",
-        tmp_path / "temp",
-    ]
+    variables = {"DCGAN_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0a"}
+    environment = os.environ | variables | {"NVCC_APPEND_FLAGS": "-Xcicc=-O0 -Xptxas=-O0"}
+    places = ["--build-lib", tmp_path, "--build-temp", tmp_path / "temp"]
+    command = [sys.executable, "setup.py", "-q", "build_ext", *places]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     printed = python(package(tmp_path), WITH).stdout

@@ -106,7 +106,7 @@ def test_generated(source):
     def one(kind, images, groups, height, width, into, out, activation, seed):
         check(kind, images, groups, height, width, 64 * into, 64 * out, activation=activation, seed=seed)
 
-    generated(one, 60)  # a tile takes a second
+    generated(one, 150)  # a tile takes a second
 
 
 def test_columns_keep_every_sm_busy():

@@ -5,7 +5,7 @@ import torch
 from interpreter import assert_accurate
 
 from kernels import _cuda, reference
-from kernels._cuda import batch_norm
+from kernels._cuda import batch_norm, conv
 from kernels._cuda.adam import adam, adam_table
 from kernels._cuda.head import head, head_grad, new_ticket
 from kernels.geometry import Partials
@@ -136,6 +136,10 @@ def test_a_device_that_is_not_the_current_one():
     other = torch.device("cuda", 1)
     made = batch_norm.apply(y.to(other), state.to(other))
     assert made.device == other and torch.equal(made.cpu(), batch_norm.apply(y, state).cpu())
+    for channels in (3, 64):  # as many blocks as that device's SMs take, and TMA's maps
+        x, weight = (noise(*shape, channels, dtype=torch.bfloat16) for shape in ((2, 8, 8), (64, 4, 4)))
+        made, _ = conv.conv(x.to(other), weight.to(other))
+        assert made.device == other and torch.equal(made.cpu(), conv.conv(x, weight)[0].cpu())
     with pytest.raises(RuntimeError, match="got tensors on cuda:0 and cuda:1"):
         torch.ops.dcgan_cuda.bn_apply(y, state.to(other), torch.empty_like(y), 0, 64, 1, 16, 64, 1.0)
 

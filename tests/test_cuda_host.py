@@ -48,16 +48,17 @@ void from_floats(const float* x, uint16_t* halves, uint16_t* bfloats, int n) {
   for (int i = 0; i < n; ++i)
     halves[i] = from_float<__half>(x[i]).bits, bfloats[i] = from_float<__nv_bfloat16>(x[i]).bits;
 }
-int run_shuffles(const int* in, int* out) { return launch(shuffles, 1, 64, 0, nullptr, in, out); }
+int run_shuffles(const int* in, int* out) { return launch(shuffles, 1, 64, 0, CALLERS_STREAM, in, out); }
 int run_reverse(const int* in, int* out, int barrier) {
-  return launch(reverse, 3, 64, 0, nullptr, in, out, barrier != 0);
+  return launch(reverse, 3, 64, 0, CALLERS_STREAM, in, out, barrier != 0);
 }
-int run_skipped() { return launch(skipped, 1, 64, 0, nullptr); }
+int run_skipped() { return launch(skipped, 1, 64, 0, CALLERS_STREAM); }
 int run_apart() {
   int out;
-  return launch(apart, 1, 32, 0, nullptr, &out);
+  return launch(apart, 1, 32, 0, CALLERS_STREAM, &out);
 }
-int run_nothing() { return launch(skipped, dim3(0), 64, 0, nullptr); }
+int run_elsewhere() { return launch(skipped, 1, 1, 0, nullptr); }
+int run_nothing() { return launch(skipped, dim3(0), 64, 0, CALLERS_STREAM); }
 }
 """
 
@@ -127,8 +128,8 @@ def test_a_missing_barrier_shows_in_one_order_or_the_other(program):
     assert not all(torch.equal(out, right) for out in in_both_orders(lambda: run(0)))
 
 
-def test_an_empty_grid_is_refused(program):
-    assert program.run_nothing() != 0
+def test_an_empty_grid_and_a_launch_on_another_stream_than_the_callers_are_refused(program):
+    assert program.run_nothing() != 0 and program.run_elsewhere() != 0
 
 
 @pytest.mark.parametrize(

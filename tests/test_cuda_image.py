@@ -146,7 +146,7 @@ def test_generated():
         check_conv(kind, DTYPES[dtype], channels, images, groups, height, width, 8 * eights, *mode, seed=seed)
         check_wgrad(DTYPES[dtype], channels, images, height, width, 8 * eights, seed)
 
-    generated(check, 700)
+    generated(check, 2000)
 
 
 def test_threads_do_not_race():

@@ -28,9 +28,12 @@ def load(path: Path) -> str | None:
     """
     if not path.exists():
         note = path.with_name("_C.txt")
-        reason = note.read_text().splitlines()[0] if note.exists() else HOW  # what follows is the compiler's log
+        said = note.read_text(encoding="utf-8", errors="replace") if note.exists() else ""
+        reason = next(iter(said.splitlines()), HOW)  # what follows is the compiler's log
         return f"the extension kernels._C is not built: {reason}"
     try:
+        if _is_cut_short(path):
+            raise OSError(f"{path}: the file is cut short")
         torch.ops.load_library(str(path))
     except OSError as error:
         return f"the extension kernels._C does not load: {error.__cause__ or error}"
@@ -38,6 +41,18 @@ def load(path: Path) -> str | None:
         if schema.name.startswith(f"{OPS}::"):
             torch.library.register_fake(schema.name, lambda *args: None)
     return None
+
+
+def _is_cut_short(path: Path) -> bool:
+    """Whether a library ends before the table of its sections, the last thing in an ELF file.
+
+    A copy that a full disk ended is such a one; to load it would end the process, by SIGBUS.
+    """
+    with path.open("rb") as file:
+        head = file.read(64)
+    fields = (40, 48), (58, 60), (60, 62)  # e_shoff, e_shentsize and e_shnum of ELF's 64-bit header
+    table, entry, entries = (int.from_bytes(head[start:end], "little") for start, end in fields)
+    return head.startswith(b"\x7fELF") and path.stat().st_size < table + entry * entries
 
 
 _MISSING = load(LIBRARY)
