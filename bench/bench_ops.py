@@ -19,6 +19,7 @@ from bench.subjects.accuracy import arithmetic
 from bench.telemetry import Telemetry
 from bench.timing import cold_ms, quantile
 from dcgan.arch import PRESETS
+from kernels import tuning
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FULL = os.environ.get("DCGAN_BENCH_FULL") == "1"
@@ -29,7 +30,8 @@ ARCH = PRESETS["dcgan64"].arch
 def works() -> list[ops.Work]:
     """What this machine measures."""
     if DEVICE.type == "cuda":
-        return list(ops.plan(ARCH, DEVICE, (128, 1024)) if FULL else ops.step_works(ARCH, 128, "bf16"))
+        name = tuning.device_name(DEVICE)
+        return list(ops.plan(ARCH, DEVICE, (128, 1024)) if FULL else ops.step_works(ARCH, 128, "bf16", name))
     found = list(ops.plan(ARCH, DEVICE, (16,) if FULL else (4,)))
     precision = found[0].precision
     return found if FULL else [w for w in found if isinstance(w, layers.Op) and w.precision == precision]

@@ -1,9 +1,10 @@
 """Single ops and kernels, verified and then timed beside the library's: the stage `ops`, and the rows of bench_ops.py.
 
-A row is op × layer × direction × recipe × precision × images, `conv_bn_act/D3/forward/triton/bf16/b256`. Recipes of
-one piece of work are timed in turn, each finding its operands in memory and not in a cache (`bench.timing.cold_ms`). A
-row whose output is wrong has `ok` false and no times. The floor counts every operand once at the ceilings of the same
-run, everything elementwise fused into the products, so a whole op does not reach 1 by itself.
+A row is op × layer × direction × recipe × precision × images, `conv_bn_act/D3/forward/triton/bf16/b256`; the product of
+an input whose batch norm it applies as it loads it is `conv_transpose/G5/forward deferred/…`. Recipes of one piece of
+work are timed in turn, each finding its operands in memory and not in a cache (`bench.timing.cold_ms`). A row whose
+output is wrong has `ok` false and no times. The floor counts every operand once at the ceilings of the same run,
+everything elementwise fused into the products, so a whole op does not reach 1 by itself.
 """
 
 import time
@@ -23,7 +24,7 @@ from bench.timing import cold_ms, interleave
 from bench.tuning.lab import Warmer
 from dcgan.arch import Arch
 from dcgan.config import fast_bf16
-from kernels import dispatch
+from kernels import dispatch, tuning
 
 Work = Problem | elementwise.Element | layers.Op | whole.Whole
 OURS = ("triton", "cuda")
@@ -45,9 +46,10 @@ class Row:
     figures: dict[str, Any] = field(default_factory=dict)
 
 
-def step_works(arch: Arch, batch: int, precision: str) -> Iterator[Work]:
-    """All single works of a training step at `batch` images: products, public ops, what is elementwise."""
-    yield from distinct(step_problems(arch, batch, precision))
+def step_works(arch: Arch, batch: int, precision: str, device_name: str | None = None) -> Iterator[Work]:
+    """All single works of a training step at `batch` images: products, as the device of that name (by default, without
+    one) takes their inputs; public ops; what is elementwise."""
+    yield from distinct(step_problems(arch, batch, precision, device_name))
     yield from layers.step_ops(arch, batch, precision)
     yield from whole.step_wholes(arch, batch, precision)
     yield from elementwise.step_elements(arch, batch, precision)
@@ -62,7 +64,7 @@ def plan(arch: Arch, device: torch.device, batches: tuple[int, ...]) -> Iterator
         names = ("bf16", "fp32") if fast_bf16(device) else ("fp32", "bf16")
         order = [(min(batches), name) for name in names]
     for batch, precision in order:
-        for work in step_works(arch, batch, precision):
+        for work in step_works(arch, batch, precision, tuning.device_name(device)):
             if device.type == "cuda" or not isinstance(work, elementwise.Element):
                 yield work
 

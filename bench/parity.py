@@ -6,7 +6,7 @@ Rows like `conv_bn_act/D3/backward/triton/bf16/b128`, what matters most first:
 
 1. every kernel and public op of the preset's step × backend × precision × batch (`bench.subjects.accuracy`'s bar);
 2. registration (opcheck), `torch.compile(fullgraph=True)`, CUDA-graph capture and replay of every public op;
-3. the Triton GEMMs one by one: every epilogue, one and two batch-norm groups, TMA and pointer loads;
+3. the Triton GEMMs one by one: every epilogue, batch norm in the load, one and two groups, TMA and pointer loads;
 4. every entry of the device's tuned table; 5. the same bits, a thousand times; 6. the family's other geometries.
 
 On a CPU: eager on tiny shapes; with TRITON_INTERPRET=1 Triton's kernels in its interpreter (not bf16, whose `tl.dot` is
@@ -124,12 +124,12 @@ def command() -> int:
     journal = Journal(args.rows.with_suffix(".journal") if args.rows else None)
     missed = run(scope, rows, journal, pattern, args.minutes * 60)
     journal.close()
+    if not missed and not any(map(pattern.search, rows.names)):
+        raise InputError(f"--only {args.only}: no row has such a name")
     if missed:
         rows.add(f"{missed} more", None, f"not reached within {args.minutes:g} minutes", section="numbers")
     wrong = [row["name"] for row in rows.all if row["ok"] is False]
     right = sum(row["ok"] is True for row in rows.all)
-    if not rows.all:
-        raise InputError(f"--only {args.only}: no row has such a name")
     print(f"{right} right, {len(wrong)} wrong" + (f", {missed} not reached" if missed else ""))
     if wrong:
         raise RunError(f"wrong: {', '.join(wrong[:5])}{' …' if len(wrong) > 5 else ''}")

@@ -85,13 +85,21 @@ def jobs(tools: tuple[str, ...] = TOOLS, only: str = "", extension: bool = True)
     """What to run, in order: each tool's planted bug, then its cases; the tools that find most come first."""
     backends = ("triton", "cuda") if extension else ("triton",)
     cases = [
-        f"{backend}/{name}" for name in catalogue.CASES for backend in backends if (backend, name) != ("cuda", "gather")
+        f"{backend}/{name}"
+        for name in catalogue.CASES
+        for backend in backends
+        if backend == "triton" or name not in catalogue.TRITON_ALONE
     ]
     found = []
     for tool in tools:
         found += [Job(tool, "planted")] if tool in PLANTED else []
         found += [Job(tool, case) for case in cases if re.search(only, case)]
     return found
+
+
+def names() -> list[str]:
+    """What there is to run: `planted`, and each case."""
+    return list(dict.fromkeys(job.case for job in jobs()))
 
 
 def command(tool_path: str, job: Job) -> list[str]:
@@ -175,10 +183,12 @@ def run_case(case: str) -> None:
     if backend == "planted" and name in PLANTED:
         catalogue.planted(name, device)
         torch.cuda.synchronize()
-    elif backend in ("triton", "cuda") and name in catalogue.CASES:
+    elif case in names() and case != "planted":
         catalogue.run(backend, name, device)
     else:
-        raise InputError(f"--run {case}: accepted are {', '.join(dict.fromkeys(job.case for job in jobs()))}")
+        raise InputError(
+            f"--run {case}: accepted are {', '.join([f'planted/{tool}' for tool in PLANTED] + names()[1:])}"
+        )
 
 
 def main() -> int:
@@ -192,6 +202,8 @@ def main() -> int:
         re.compile(args.only)
     except re.error as error:
         raise InputError(f"--only {args.only}: no regular expression ({error})") from None
+    if not any(re.search(args.only, name) for name in names()):
+        raise InputError(f"--only {args.only}: no case has such a name; there are {', '.join(names())}")
     if not args.minutes > 0:
         raise InputError(f"--minutes {args.minutes:g}: it must be positive")
     if args.run:
@@ -212,7 +224,8 @@ def main() -> int:
     sanitize(args.minutes * 60, emit, tuple(args.tool or TOOLS), args.only)
     if wrong := [name for name, ok in rows if ok is False]:
         raise RunError(f"{len(wrong)} of {len(rows)}: {', '.join(wrong)}")
-    if not any(ok for _, ok in rows):
+    cases = [ok for name, ok in rows if not name.startswith("planted")]
+    if not any(cases or [ok for _, ok in rows]):
         raise InputError("nothing ran: see above, or give --only less and --minutes more")
     return 0
 

@@ -6,39 +6,41 @@
 For each kernel × shape of a training step: the tiles of `bench.tuning.candidates` are compiled on all cores; what
 spills or does not fit is left out; each of the others runs once with every epilogue that the step gives this shape, and
 is held against float64 on the device; what is right is timed, the best few once more beside the library's product with
-our kernels around it, and the fastest is written. Then each public op, forward and backward, by each recipe as a whole.
+our kernels around it, and the fastest is written. On those tiles then, for each layer whose input has a batch norm,
+whether its forward pass and weight gradient had better apply it as they load the map (`inputs/…`); and each public op,
+forward and backward, by each recipe as a whole.
 
-The table is written after every entry, in one move, into what the file held before; an entry measured from the same
-kernel sources is not measured again (`--again` does), so a search that was cut off goes on where it was. A candidate
-that poisons the device ends the process, which starts itself anew without it. `--dry-run` names the candidates,
-compiles nothing and needs no GPU. The search has not yet run on a GPU.
+The table is written after every entry, in one move, into what the file held before; a tile, or an input, measured from
+the same kernels and tiles is not measured again (`--again` does), so a search that was cut off goes on where it was. A
+candidate that poisons the device ends the process, which starts itself anew without it. `--dry-run` names the
+candidates, compiles nothing and needs no GPU. The search has not yet run on a GPU.
 """
 
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from bench import record
 from bench.group import one_line
-from bench.subjects import layers, whole
-from bench.subjects.accuracy import arithmetic, verify
+from bench.subjects.accuracy import Subject, arithmetic
+from bench.subjects.problems import Read, Use
 from bench.timing import cold_ms, interleave
-from bench.tuning.lab import DeviceLab, Shape, arch_of_device, compile_fault, launches_of, shapes
+from bench.tuning import inputs
+from bench.tuning.choices import Entry, best, entries, in_use, reads
+from bench.tuning.lab import DeviceLab, Shape, arch_of_device, compile_fault, launches_of, run_fault, shapes
 from bench.tuning.precompile import Compiler
 from bench.tuning.search import LIBRARY, Choice, Journal, Table, search
 from dcgan.arch import PRESETS, Arch
 from dcgan.errors import InputError, RunError, run_command
 from dcgan.flags import Parser
-from kernels import dispatch, tuning
+from kernels import tuning
 
 DRY_ARCH = 90
 """Whose candidates a dry run names where there is no GPU."""
@@ -46,45 +48,10 @@ DRY_ARCH = 90
 CHUNK = 6
 """Shapes whose candidates are compiled together; nothing is timed meanwhile."""
 
-MARGIN = 0.02
-"""A recipe of ours must beat eager by this fraction to be chosen for an op: no layer may be slower fused."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One choice of the table's `ops`: a public op on a layer (`any` for one without), and what it is decided by.
-
-    precisions: the keys it goes to: what computes in float32 whatever the maps are has two, with TF32 and without.
-    """
-
-    op: str
-    key: str
-    precisions: tuple[str, ...]
-    images: int
-    works: tuple[layers.Op | whole.Whole, ...]
-
-    @property
-    def name(self) -> str:
-        return f"{self.op}/{self.key}/{self.precisions[0]}/b{self.images}"
-
-
-def entries(arch: Arch, batches: list[int], precision: str) -> list[Entry]:
-    """Every public op of the steps of these batches: forward and backward decide together."""
-    found = []
-    for batch in batches:
-        works = list(layers.step_ops(arch, batch, precision))
-        for pair in zip(works[::2], works[1::2], strict=True):
-            key = dispatch.layer_key(pair[0].layer)
-            found.append(Entry(pair[0].op, key, (precision,), pair[0].images, pair))
-        for work in whole.step_wholes(arch, batch, precision):
-            precisions = (precision,) if work.op == "gather_images" else ("fp32", "tf32")
-            found.append(Entry(work.op, "any", precisions, work.count, (work,)))
-    return list({entry.name: entry for entry in found}.values())
-
 
 @dataclass
 class Tuner:
-    """The search over all shapes and ops, until `deadline` (of `time.monotonic`)."""
+    """The search over all shapes, inputs and ops, until `deadline` (of `time.monotonic`)."""
 
     arch: Arch
     device: torch.device
@@ -139,37 +106,64 @@ class Tuner:
         self.say(f"{shape.name}: {choice.us:.1f} µs{library}; {choice.timed} timed, {len(choice.rejected)} not;{tile}")
         return choice
 
+    def inputs(self, wanted: list[Read]) -> int:
+        """Decide who applies the batch norm of inputs, on the tiles found; returns how many were not reached."""
+        device_name = self.table.header["device"]
+        with in_use(self.table):
+            stamps = {read.name: inputs.stamp(read, device_name, self.table.sources) for read in wanted}
+            known = self.table.has_input
+            remaining = [read for read in wanted if self.again or not known(read.name, stamps[read.name])]
+            for done, read in enumerate(remaining):
+                if not self.left():
+                    return len(remaining) - done
+                faults = inputs.compiled(read, device_name, self.capability, self.compiler)
+                times = self.input_us(read, faults)
+                way = best(times, "applied")
+                if way:
+                    self.table.put_input(read, way, times, stamps[read.name])
+                self.say(f"{read.name}: {fastest_first(times)}{f'; {way}' if way else ''}")
+        return 0
+
+    def input_us(self, read: Read, faults: dict[str, str]) -> dict[str, float]:
+        """Of each way that is right and may ship."""
+        parts = inputs.parts(read, self.device)
+        right = self.right(read.name, [part.subject() for part in parts], list(tuning.INPUTS), faults)
+        return inputs.time_us(parts, right, self.device) if right else {}
+
+    def right(
+        self, name: str, subjects: list[Subject], recipes: list[str], faults: dict[str, str] | None = None
+    ) -> list[str]:  # fmt: skip
+        """Those of `recipes` that are right for all subjects; of the others it says why they are not."""
+        found = []
+        for recipe in recipes:
+            why = (faults or {}).get(recipe) or run_fault(
+                f"{name} {recipe}", subjects, recipe, self.device, self.journal
+            )
+            if why:
+                self.say(f"{name}, {recipe}: {why}")
+            else:
+                found.append(recipe)
+        return found
+
     def ops(self, wanted: list[Entry]) -> int:
         """Decide the recipe of public ops as a whole, on the tiles found; returns how many were not reached."""
         with in_use(self.table):
-            return self.each_op(wanted)
-
-    def each_op(self, wanted: list[Entry]) -> int:
-        for done, entry in enumerate(wanted):
-            if not self.left():
-                return len(wanted) - done
-            times = self.op_us(entry)
-            recipe = best_recipe(times)
-            for precision in entry.precisions if recipe else ():
-                self.table.put_op(entry.op, entry.key, precision, entry.images, recipe)
-            text = ", ".join(f"{name} {us:.1f} µs" for name, us in sorted(times.items(), key=lambda item: item[1]))
-            self.say(f"{entry.name}: {text or 'none right'}")
+            for done, entry in enumerate(wanted):
+                if not self.left():
+                    return len(wanted) - done
+                times = self.op_us(entry)
+                recipe = best(times)
+                for precision in entry.precisions if recipe else ():
+                    self.table.put_op(entry.op, entry.key, precision, entry.images, recipe)
+                self.say(f"{entry.name}: {fastest_first(times)}")
         return 0
 
     def op_us(self, entry: Entry) -> dict[str, float]:
         """All works of an entry together, by each recipe that is right in all of them."""
         subjects = [work.build(self.device) for work in entry.works]
-        right = []
-        for recipe in entry.works[0].recipes(self.device):
-            try:
-                if not any(verify(subject, recipe)[1] for subject in subjects):
-                    right.append(recipe)
-            except Exception as error:  # whatever a launch raises: the other recipes go on
-                self.say(f"{entry.name} by {recipe}: {one_line(error)}")
-        if not right:
-            return {}
+        right = self.right(entry.name, subjects, entry.works[0].recipes(self.device))
         total = dict.fromkeys(right, 0.0)
-        for subject in subjects:
+        for subject in subjects if right else ():
             with arithmetic(subject.precision):
                 calls = {recipe: subject.call(recipe) for recipe in right}
                 timed = interleave(calls, 15, 1, self.device, None, cold_ms)
@@ -177,43 +171,28 @@ class Tuner:
         return total
 
 
-@contextmanager
-def in_use(table: Table) -> Iterator[None]:
-    """Let the launchers look tiles up in `table`, wherever its file is."""
-    before = tuning.FOLDER
-    with TemporaryDirectory() as folder:
-        if table.path.exists():
-            Path(folder, f"{tuning.slug(table.header['device'])}.json").write_bytes(table.path.read_bytes())
-        tuning.FOLDER = Path(folder)
-        tuning.forget()
-        try:
-            yield
-        finally:
-            tuning.FOLDER = before
-            tuning.forget()
+def fastest_first(times: dict[str, float]) -> str:
+    named = sorted(times.items(), key=lambda item: item[1])
+    return ", ".join(f"{name} {us:.1f} µs" for name, us in named) or "none right"
 
 
-def best_recipe(times: dict[str, float]) -> str | None:
-    """The fastest; eager where ours win by less than the margin. None of none."""
-    if not times:
-        return None
-    best = min(times, key=lambda recipe: times[recipe])
-    return "eager" if times.get("eager", float("inf")) <= times[best] * (1 + MARGIN) else best
-
-
-def dry_run(wanted: list[Shape], ops: list[Entry], capability: int, each: bool) -> list[str]:
-    """What a search would try, a line a shape; with `each`, a line a tile too."""
+def dry_run(wanted: list[Shape], maps: list[Read], ops: list[Entry], capability: int, each: bool) -> list[str]:
+    """What a search would try, a line a shape, an input, an op; with `each`, a line a tile too."""
     from bench.tuning.candidates import candidates
 
     lines, total = [], 0
     for shape in wanted:
         tiles = candidates(shape.problem, capability)
         total += len(tiles)
-        uses = f", for {', '.join(map(str, shape.uses))}" if shape.problem.kernel != "wgrad" else ""
-        lines.append(f"{shape.name}: {len(tiles)} tiles{uses}")
+        uses = "; ".join(str(use) for use in shape.uses if use != Use())
+        lines.append(f"{shape.name}: {len(tiles)} tiles{uses and f', for {uses}'}")
         lines += [f"  {tile}" for tile in tiles] if each else []
-    lines.append(f"{len(wanted)} shapes, {total} tiles; {len(ops)} ops as a whole; capability {capability}")
-    return lines
+    for read in maps:
+        what = "forward and weight gradient" if read.weights else "forward alone"
+        lines.append(f"{read.name}: {' or '.join(tuning.INPUTS)}, {what}")
+    lines += [f"{entry.name}: as a whole" for entry in ops]
+    counts = f"{len(wanted)} shapes, {total} tiles; {len(maps)} inputs; {len(ops)} ops as a whole"
+    return [*lines, f"{counts}; capability {capability}"]
 
 
 def command() -> int:
@@ -224,7 +203,9 @@ def command() -> int:
     parser.add_argument("--minutes", type=float, default=20.0, help="time to stay within (20)")
     parser.add_argument("--out", type=Path, help="the table (kernels/tuned/<device>.json)")
     parser.add_argument("--record", help="the record that its figures belong to, for the table's header")
-    parser.add_argument("--only", default="", help="a regular expression that a shape's or an op's name must match")
+    parser.add_argument(
+        "--only", default="", help="a regular expression that a shape's, input's or op's name must match"
+    )
     parser.add_argument("--again", action="store_true", help="also what these kernel sources were measured for")
     parser.add_argument("--dry-run", action="store_true", help="name the candidates; --only names their tiles too")
     args = parser.parse_args()
@@ -236,23 +217,25 @@ def command() -> int:
     except re.error as error:
         raise InputError(f"--only {args.only}: no regular expression ({error})") from error
     arch = PRESETS[args.preset].arch
-    wanted = [shape for shape in shapes(arch, batches, args.precision) if pattern.search(shape.name)]
-    ops = [entry for entry in entries(arch, batches, args.precision) if pattern.search(entry.name)]
-    if not wanted and not ops:
-        raise InputError(f"--only {args.only}: no shape and no op has such a name; --dry-run lists them")
+    plan = [
+        [work for work in all_of(arch, batches, args.precision) if pattern.search(work.name)]
+        for all_of in (shapes, reads, entries)
+    ]
+    if not any(plan):
+        raise InputError(f"--only {args.only}: no shape, input or op has such a name; --dry-run lists them")
     if args.dry_run:
-        print("\n".join(dry_run(wanted, ops, capability_of(), bool(args.only))))
+        print("\n".join(dry_run(*plan, capability_of(), bool(args.only))))
         return 0
     if not torch.cuda.is_available():
         raise InputError("PyTorch sees no GPU here, and a table is measured on one; --dry-run names the candidates")
-    return tune(args, arch, wanted, ops)
+    return tune(args, arch, *plan)
 
 
 def capability_of() -> int:
     return arch_of_device(torch.device("cuda")) if torch.cuda.is_available() else DRY_ARCH
 
 
-def tune(args: Any, arch: Arch, wanted: list[Shape], ops: list[Entry]) -> int:
+def tune(args: Any, arch: Arch, wanted: list[Shape], maps: list[Read], ops: list[Entry]) -> int:
     began, device = time.monotonic(), torch.device("cuda")
     name = torch.cuda.get_device_name(device)
     path = args.out or tuning.FOLDER / f"{tuning.slug(name)}.json"
@@ -271,7 +254,7 @@ def tune(args: Any, arch: Arch, wanted: list[Shape], ops: list[Entry]) -> int:
             tuner = Tuner(arch, device, capability_of(), table, journal, compiler, began + args.minutes * 60)
             tuner.say = lambda line: print(line, flush=True)
             tuner.again = args.again
-            missed = tuner.tiles(wanted) + tuner.ops(ops)
+            missed = tuner.tiles(wanted) + tuner.inputs(maps) + tuner.ops(ops)
         torch.cuda.synchronize(device)
     except RuntimeError as error:
         start_anew(error, args.minutes - (time.monotonic() - began) / 60)

@@ -41,7 +41,8 @@ def machine(device: torch.device) -> list[tuple[str, str]]:
         gib = properties.total_memory / 2**30
         lines.append(("device", f"{properties.name}, compute capability {capability}, {gib:.0f} GiB"))
         table, why = tuning.load(properties.name)
-        measured = sum(map(len, (*table.ops.values(), *table.tiles.values()))) if table else 0
+        sections = (table.ops, table.tiles, table.inputs) if table else ()
+        measured = sum(len(entries) for section in sections for entries in section.values())
         lines.append(("tuned table", f"{measured} entries" if table else why))
     else:
         lines.append(("device", f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"))
@@ -63,10 +64,11 @@ def ops(preset: Preset, device: torch.device, dtype: torch.dtype) -> Iterator[Ro
 
 
 def fused_step(preset: Preset, device: torch.device, dtype: torch.dtype) -> Iterator[Row]:
-    """What `--fused` runs for each layer: on a CPU one way for all its products, on a GPU a tile for each of them."""
+    """What `--fused` runs for each layer: on a CPU one way for all its products; on a GPU a tile for each of them, and
+    whether they apply the batch norm of their input in the load (`deferred`) or find it applied."""
     arch = preset.arch
     for layers, images in ((arch.generator, preset.batch_size), (arch.discriminator, 2 * preset.batch_size)):
-        for layer in layers:
+        for before, layer in zip((None, *layers), layers, strict=False):
             if device.type != "cuda":
                 yield layer.name, "all", "eager", choose(layer, dtype, Pool(device)).WHY
             elif layer.stride == 2:
@@ -74,10 +76,21 @@ def fused_step(preset: Preset, device: torch.device, dtype: torch.dtype) -> Iter
                 precision = tuning.precision_of(dtype, torch.backends.cudnn.allow_tf32)
                 for kernel, shape in products(layer):
                     yield layer.name, kernel, *tuning.explain(name, kernel, shape, precision, images)
+                if before is not None and before.batch_norm:
+                    yield layer.name, "input's batch norm", *applied(name, layer, precision, images)
+                    if layers is arch.discriminator:  # frozen, in G's step
+                        frozen = applied(name, layer, precision, preset.batch_size, weights=False)
+                        yield layer.name, "  where D is frozen", *frozen
             elif layer.kind == "conv":
                 yield layer.name, "head", "triton", "with the loss, and batch norm before it"
             else:
                 yield layer.name, "matmul", "library", "a plain matrix product"
+
+
+def applied(name: str | None, layer: Layer, precision: str, images: int, weights: bool = True) -> tuple[str, str]:
+    """Who applies the batch norm of a layer's input, in the words of a tuned table, and why."""
+    deferred, why = tuning.deferred(name, layer, precision, images, weights)
+    return tuning.INPUTS[deferred], why
 
 
 def products(layer: Layer) -> Iterator[tuple[str, tuple[int, int, int]]]:
@@ -110,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
         ):
             print(f"\n{title}")
             for layer, op, backend, why in rows:
-                print(f"{layer:<4}{op:<24}{backend:<8}{why}")
+                print(f"{layer:<4}{op:<24}{backend:<10}{why}")
 
 
 if __name__ == "__main__":

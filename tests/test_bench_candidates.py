@@ -1,17 +1,19 @@
 """The tiles that a search tries, and what their compilation says of them; no GPU is asked."""
 
+import json
 from dataclasses import fields
 
 import pytest
 
 pytest.importorskip("triton")
 
-from bench.subjects.problems import Problem, Use, distinct, step_problems
+from bench.subjects.problems import Problem, Use, distinct, other_problems, step_problems
 from bench.tuning import lab, precompile
 from bench.tuning.candidates import MOST, candidates
 from bench.tuning.lab import compile_fault, shapes
 from bench.tuning.precompile import DIED, Compiler
 from dcgan.arch import PRESETS
+from kernels import tuning
 from kernels._triton.config import SHARED_LIMIT_BYTES, ConvConfig, WgradConfig, tma_fits
 
 ARCH = PRESETS["dcgan64"].arch
@@ -52,7 +54,30 @@ def test_shapes_are_the_table_s_entries_with_all_their_uses():
     d4_and_g2 = found["conv/256x512@8/bf16/b128"]  # D4's forward frozen, and G2's data gradient
     assert {use.mode for use in d4_and_g2.uses} == {"statistics", "batch_norm_grad"}
     assert found["conv/256x512@8/bf16/b256"].uses == (Use("statistics", "none", 2, True),)
+    both = {shape.name: shape for shape in shapes(ARCH, (128, 256), "bf16")}
+    assert {use.groups for use in both["conv/256x512@8/bf16/b256"].uses} == {1, 2}, "D's at 128, frozen D's at 256"
     assert "wgrad/512x256@4/bf16/b256" in found and len(shapes(ARCH, (128, 128), "bf16")) == len(found)
+
+
+def test_products_take_their_inputs_as_the_device_s_table_has_them(tmp_path, monkeypatch):
+    inputs = {
+        "conv_forward": {"128x256@16": {"bf16": {"128": "deferred"}}},  # and D4's, which is near
+        "conv_transpose": {"64x3@32": {"bf16": {"128": "applied"}}},
+    }
+    (tmp_path / "nvidia-test-1.json").write_text(json.dumps({"device": "NVIDIA Test 1", "inputs": inputs}))
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    tuning.forget()
+
+    def deferred(problems):
+        return {p.name("") for p in problems if p.use.before}
+
+    onto_image = {f"{name} deferred//bf16/b128" for name in ("conv_transpose/G5/forward", "wgrad/G5/wgrad")}
+    assert deferred(step_problems(ARCH, 128)) == onto_image
+    found = deferred(step_problems(ARCH, 128, "bf16", "NVIDIA Test 1"))
+    assert found == {f"conv/{name}/forward deferred//bf16/b128" for name in ("D3", "D4")}
+    others = list(other_problems(ARCH, 128))
+    assert len(others) == 14 and len(deferred(others)) == 12 and not deferred(others) & onto_image
+    tuning.forget()
 
 
 @pytest.mark.parametrize(

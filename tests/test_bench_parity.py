@@ -6,22 +6,27 @@ import pickle
 import re
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import kernels
 from bench import ops, parity, record
 from bench.parity import Rows
-from bench.subjects import claims, contracts, layers
+from bench.subjects import claims, contracts, gemms, layers
 from bench.subjects.accuracy import Answers, Noise, Subject, excess, verify, walk
-from bench.subjects.problems import Use
+from bench.subjects.problems import Problem, Use
 from bench.tuning.search import Journal
 from dcgan.arch import Arch
 from dcgan.errors import run_command
 from kernels import reference
+from kernels.geometry import Deferred, raw
 
 CPU = torch.device("cpu")
+PATHS = ("tma", "pointers")
 SMALL = Arch(image_size=16, nz=3, ngf=4, ndf=4)
 SCOPE = claims.Scope(SMALL, CPU, (2,), ("fp32", "bf16"), 2, {})
 
@@ -100,6 +105,38 @@ def test_groups_that_share_their_statistics_are_wrong(monkeypatch):
     assert op.groups == 2
     monkeypatch.setattr(kernels, "conv_bn_act", lambda *a, groups, **options: right(*a, groups=1, **options))
     assert "y" in worst(op, "eager")[1]
+
+
+@pytest.mark.parametrize("kernel", ["conv", "conv_transpose", "wgrad"])
+def test_a_load_that_forgets_the_batch_norm_or_the_padding_is_wrong(monkeypatch, kernel):
+    """Padding that is normed and activated: as if the picture went on with zeros before the batch norm. And none."""
+    use = claims.deferred_uses(Problem(kernel, 16, 16, 4, 4), 2)[-1]
+    subject = gemms.build(Problem(kernel, 16, 16, 4, 4, "bf16", use=use), CPU)
+    assert verify(subject, "library")[1] is None
+
+    def padded(p, o):
+        ends = {"first": o.first, "second": o.second}
+        name = next(name for name, t in ends.items() if isinstance(t, Deferred))
+        y, state, *rest = ends[name]
+        wide = reference.apply(F.pad(y, (0, 0, 1, 1, 1, 1)), state, *rest)  # its rim is what padding would become
+        ends[name] = wide
+        if p.kernel == "conv":
+            y = F.conv2d(gemms.nchw(wide), gemms.nchw(o.second), stride=2)
+        elif p.kernel == "conv_transpose":
+            y = F.conv_transpose2d(gemms.nchw(wide), gemms.nchw(o.second), stride=2, padding=3)
+        else:
+            high, low = gemms.nchw(wide).float(), gemms.nchw(o.first).float()
+            return gemms.nhwc(torch.nn.grad.conv2d_weight(high, (p.into, p.out, 4, 4), low, stride=2))
+        return reference.finish(gemms.nhwc(y), o.epilogue)
+
+    for wrong in (padded, lambda p, o: gemms.plain(p, bare(o))):
+        subject.runs["wrong"] = partial(gemms.outputs, *subject.runs["library"].args[:2], wrong)
+        assert verify(subject, "wrong")[1], wrong
+
+
+def bare(o):
+    """Operands whose batch norm is forgotten."""
+    return replace(o, **{k: raw(getattr(o, k)) for k in ("first", "second")})
 
 
 def test_an_adam_that_is_one_step_late_is_wrong(monkeypatch):
@@ -181,14 +218,27 @@ def test_every_check_planned_for_a_gpu_can_be_made_and_compiled_from_here(monkey
     assert len(set(names)) == len(names) > 2000
     assert {f"conv_bn_act/D3/backward/triton/bf16/{b}" for b in ("b256 g2", "b128")} <= set(names[:400])
     assert {f"conv_transpose_bn_act/G2/forward/triton/fp16/b{b}" for b in (1, 7, 128, 256, 1024)} <= set(names)
-    assert {check.section for check in planned} == {"numbers", "opcheck", "compile", "graph", "epilogues", "bits"}
+    sections = {"numbers", "opcheck", "compile", "graph", "epilogues", "prologues", "bits"}
+    assert {check.section for check in planned} == sections
+    deferred = {f"{p}/triton/bf16/b" for p in ("conv/D3/forward deferred", "wgrad/D4/wgrad deferred")}
+    assert {f"{name}256 g2" for name in deferred} | {"conv/D3/forward deferred/triton/bf16/b128"} <= set(names)
+    assert {f"conv_transpose/G5/forward{d}/triton/tf32/b1024" for d in ("", " deferred")} <= set(names)
+    prologues = [name for name in names if "deferred" in name and "[" in name]
+    for kernel in ("conv[", "conv_transpose[statistics", "conv_transpose[activation tanh", "wgrad["):
+        mine = [name for name in prologues if name.startswith(kernel)]
+        assert {name.split("/")[3] for name in mine} == set(scope.precisions), kernel
+        assert all(any(f"{g}" in name and path in name for name in mine) for g in ("g1", "g2") for path in PATHS), (
+            kernel
+        )
+    assert sum(name.startswith("bits of an apply: conv_transpose[") for name in names) >= 16
     jobs = list(dict.fromkeys(job for check in planned for job in check.jobs))
     assert pickle.loads(pickle.dumps(jobs)) == jobs and len(jobs) > 500
-    for work, config in jobs[:: len(jobs) // 60]:
+    onto_images = [job for job in jobs if job[1] and job[0].kernel == "conv_transpose" and job[0].out == 3]
+    for work, config in (*jobs[:: len(jobs) // 60], *onto_images[::4]):
         assert launches_of(work, config, 90), work
     uses = {str(use) for use in claims.USES}
     assert len(uses) == 32 and "batch_norm_grad relu g2 merged" in uses and str(Use()) in uses
-    for path in ("tma", "pointers"):
+    for path in PATHS:
         assert any(f"batch_norm_grad leaky_relu g2 merged {path}" in name for name in names)
 
 
@@ -254,6 +304,10 @@ def test_the_command_says_how_many_and_exits_3_for_a_wrong_one(tmp_path, monkeyp
     assert code == 3 and "gather_images/D1/step/eager/fp32/b3" in said.err
     assert command(monkeypatch, capsys, "--minutes", "0")[0] == 2
     assert command(monkeypatch, capsys, "--only", "(")[0] == 2
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"name": "conv_act/D1", "ok": true}\n')
+    code, said = command(monkeypatch, capsys, "--only", "nothing of the kind", "--rows", rows)
+    assert code == 2 and "no row has such a name" in said.err, "whatever an earlier run left in the file"
 
 
 def test_registration_and_compilation_are_checked_here_too(tmp_path):

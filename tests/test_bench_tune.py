@@ -2,6 +2,8 @@
 
 import json
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,15 +12,16 @@ pytest.importorskip("triton")
 
 from bench import tune
 from bench.subjects import gemms
+from bench.subjects.accuracy import verify
 from bench.subjects.problems import Problem, Use
-from bench.tuning import precompile, search
+from bench.tuning import choices, inputs, precompile, search
 from bench.tuning.candidates import candidates
 from bench.tuning.lab import DeviceLab, Shape, shapes
 from bench.tuning.search import Choice, Journal, Table
 from dcgan.arch import PRESETS, Arch
 from dcgan.errors import run_command
 from kernels import tuning
-from kernels._triton.config import ConvConfig
+from kernels._triton.config import ConvConfig, WgradConfig
 
 ARCH = PRESETS["dcgan64"].arch
 HEADER = {"device": "NVIDIA Test 1", "torch": "2", "triton": "3", "kernels_hash": "abc", "record": None}
@@ -207,12 +210,12 @@ def test_a_tile_that_spills_with_any_epilogue_does_not_ship(tmp_path, monkeypatc
 
 
 def test_ops_are_decided_by_all_recipes_and_eager_keeps_what_is_not_clearly_won(tmp_path, monkeypatch):
-    assert tune.best_recipe({"eager": 10.0, "triton": 9.9}) == "eager"
-    assert tune.best_recipe({"eager": 10.0, "triton": 9.0, "library": 9.5}) == "triton"
-    assert tune.best_recipe({"triton": 9.0}) == "triton" and tune.best_recipe({}) is None
+    assert choices.best({"eager": 10.0, "triton": 9.9}) == "eager"
+    assert choices.best({"eager": 10.0, "triton": 9.0, "library": 9.5}) == "triton"
+    assert choices.best({"triton": 9.0}) == "triton" and choices.best({}) is None
     tuner, said = tuner_of(tmp_path, None, monkeypatch)
     small = Arch(image_size=16, nz=4, ngf=4, ndf=4)
-    wanted = tune.entries(small, [2], "fp32")
+    wanted = choices.entries(small, [2], "fp32")
     assert {entry.op for entry in wanted} >= {"conv_bn_act", "conv_act", "gan_loss", "adam_step", "gather_images"}
     assert tuner.ops(wanted) == 0 and len(said) == len(wanted) and all("eager" in line for line in said)
     read = tuning.parse(json.loads((tmp_path / "t.json").read_text()), "NVIDIA Test 1")
@@ -220,11 +223,91 @@ def test_ops_are_decided_by_all_recipes_and_eager_keeps_what_is_not_clearly_won(
     assert {precision for op, precision in read.ops if op == "adam_step"} == {"fp32", "tf32"}
 
 
+def small_reads():
+    """A forward pass with a weight gradient of each kind, and D's alone, as its frozen pass has it."""
+    found = choices.reads(Arch(image_size=32, nz=4, ngf=4, ndf=4), [2], "fp32")
+    kinds = {read.kind: read for read in found}
+    assert set(kinds) == {"conv", "conv_forward", "conv_transpose"} and len(found) == 5
+    return list(kinds.values())
+
+
+def fine(problem, config):
+    return [{"registers": 100, "spills": 0, "shared_bytes": 1000}]
+
+
+def test_inputs_are_decided_and_not_measured_again_on_the_same_tiles(tmp_path, monkeypatch):
+    wanted, times = small_reads(), {"applied": 10.0, "deferred": 9.0}
+    monkeypatch.setattr(inputs, "time_us", lambda parts, ways, device: {way: times[way] for way in ways})
+    tuner, said = tuner_of(tmp_path, FakeCompiler(fine), monkeypatch)
+    assert tuner.inputs(wanted) == 0 and all(
+        line.endswith("deferred 9.0 µs, applied 10.0 µs; deferred") for line in said
+    )
+    data = json.loads((tmp_path / "t.json").read_text())
+    read = tuning.parse(data, "NVIDIA Test 1").inputs
+    assert {kind for kind, _ in read} == {read.kind for read in wanted} and data["measured"][wanted[0].name][
+        "us"
+    ] == times
+    shapes_read = {(kind, *entry.shape, entry.images) for (kind, _), entries in read.items() for entry in entries}
+    assert ("conv", 8, 16, 8, 4) in shapes_read and ("conv_forward", 8, 16, 8, 2) in shapes_read
+    again, said = tuner_of(tmp_path, FakeCompiler(fine), monkeypatch)
+    assert again.inputs(wanted) == 0 and not said, "all were known"
+    tile = WgradConfig(1, 4, 4, 16, 16, 2, 4, 3, False)
+    again.table.put_tile("wgrad", "16x8@4", "fp32", 4, Choice("tile3", 1.0, 2.0), tile)
+    times["deferred"] = 9.9
+    assert again.inputs(wanted) == 0 and len(said) == 1 and said[0].endswith("applied 10.0 µs; applied"), "a new tile"
+    late, _ = tuner_of(tmp_path, FakeCompiler(fine), monkeypatch, minutes=-1.0)
+    late.again = True
+    assert late.inputs(wanted) == len(wanted)
+
+
+def test_a_load_that_spills_or_is_wrong_is_never_timed(tmp_path, monkeypatch):
+    timed = []
+    monkeypatch.setattr(inputs, "time_us", lambda parts, ways, device: timed.append(ways) or dict.fromkeys(ways, 1.0))
+
+    def spills(problem, config):
+        return [{"registers": 255, "spills": 8 * (problem.use.before is not None), "shared_bytes": 1000}]
+
+    (read, *_) = small_reads()
+    tuner, said = tuner_of(tmp_path, FakeCompiler(spills), monkeypatch)
+    tuner.inputs([read])
+    assert (
+        timed == [["applied"]] and "deferred: spills 8 bytes" in said[0] and said[1].endswith("applied 1.0 µs; applied")
+    )
+    parts = inputs.parts
+
+    def forgetful(p, o):
+        return gemms.plain(p, replace(o, first=o.first.y)) if p.kernel != "wgrad" else gemms.plain(p, o)
+
+    def broken(read, device):
+        return [replace(part, products=part.products | {"deferred": forgetful}) for part in parts(read, device)]
+
+    monkeypatch.setattr(inputs, "parts", broken)
+    tuner, said = tuner_of(tmp_path, FakeCompiler(fine), monkeypatch)
+    tuner.again = True
+    tuner.inputs([read])
+    assert timed[1:] == [["applied"]] and "deferred: error over what is allowed: y" in said[0]
+
+
+def test_both_ways_are_right_and_timed_without_the_map_s_own_writing():
+    device = torch.device("cpu")
+    for read in small_reads():
+        parts = inputs.parts(read, device)
+        assert [part.problem.kernel for part in parts] == [read.layer.kind, "wgrad"][: 1 + read.weights]
+        assert all(verify(part.subject(), way)[1] is None for part in parts for way in tuning.INPUTS)
+        assert set(parts[0].calls()) == {*tuning.INPUTS, inputs.WRITTEN}
+        assert all(set(part.calls()) == set(tuning.INPUTS) for part in parts[1:])
+    p50 = {"applied": 5e-3, "deferred": 4e-3, inputs.WRITTEN: 1e-3}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inputs, "interleave", lambda calls, *_: SimpleNamespace(p50_ms=p50.get))
+        wide = inputs.time_us(inputs.parts(small_reads()[0], device), list(tuning.INPUTS), device)
+    assert wide == pytest.approx({"applied": 9.0, "deferred": 7.0}), "forward less the writing, and the weight gradient"
+
+
 def test_ops_are_decided_on_the_tiles_just_found(tmp_path):
     table = Table(tmp_path / "elsewhere.json", HEADER, "s1")
     table.put_tile("conv", "64x128@32", "bf16", 256, Choice("tile3", 12.5, 14.0), TILE)
     before = tuning.FOLDER
-    with tune.in_use(table):
+    with choices.in_use(table):
         assert tuning.tile("NVIDIA Test 1", "conv", (64, 128, 32), "bf16", 256).tile == TILE
     assert before == tuning.FOLDER and tuning.tile("NVIDIA Test 1", "conv", (64, 128, 32), "bf16", 256) is None
 
@@ -253,7 +336,7 @@ def test_a_dry_run_names_the_candidates_and_compiles_nothing(monkeypatch, capsys
         (("--batch", "0"), "--batch 0"),
         (("--minutes", "0"), "--minutes 0"),
         (("--only", "("), "no regular expression"),
-        (("--only", "nothing of the kind", "--dry-run"), "no shape and no op"),
+        (("--only", "nothing of the kind", "--dry-run"), "no shape, input or op"),
         ((), "no GPU here"),
     ],
 )

@@ -16,6 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from bench.resources import Case, Resources, compile_launch, distinct, faults, signature, step_cases
 from dcgan.arch import PRESETS
+from dcgan.errors import run_command
 from kernels._triton.config import SHARED_LIMIT_BYTES, ConvConfig, conv_config, wgrad_config
 from kernels._triton.conv import prepare_conv
 from kernels._triton.launch import arch_of
@@ -24,9 +25,10 @@ from kernels.geometry import Epilogue
 ARCH = PRESETS["dcgan64"].arch
 SAMPLE = (
     "G2 1×128 forward",
-    "D3 2×128 forward",
+    "G5 1×128 forward, deferred",
+    "D3 2×128 forward, deferred",
     "D3 2×128 dgrad",
-    "D3 2×128 wgrad",
+    "D3 2×128 wgrad, deferred",
     "D2 1×128 dgrad",
     "D2 2×128 merge_sums",
 )
@@ -43,6 +45,18 @@ def test_a_sample_of_the_step_ships_on_sm90():
     gemms = [found for name, found in seen.items() if "merge" not in name]
     assert all(found.matrix and found.tma for found in gemms)
     assert not seen["D2 2×128 merge_sums"].tma
+
+
+def test_what_a_table_may_choose_is_among_the_cases():
+    """A batch norm before the layer that reads it and in its load: the default without a word, but onto an image."""
+    names = {case.name for case in step_cases(ARCH, 128, 90)}
+    both = [f"G{k} 1×128" for k in (2, 3, 4)] + ["D3 2×128", "D4 2×128"]
+    words = {f"{layer} {what}{way}" for layer in both for what in ("forward", "wgrad") for way in ("", ", deferred")}
+    words |= {f"G5 1×128 {what}, {way}" for what in ("forward", "wgrad") for way in ("applied", "deferred")}
+    words |= {f"{layer} 1×128 forward{way}" for layer in ("D3", "D4") for way in ("", ", deferred")}
+    words |= {f"{layer} {what}" for layer in ("D1 2×128", "D2 2×128") for what in ("forward", "wgrad")}
+    words |= {"D1 1×128 forward", "D2 1×128 forward"}
+    assert {name for name in names if "forward" in name or "wgrad" in name} == words
 
 
 def test_pointer_loads_reach_the_tensor_cores_of_sm80():
@@ -128,7 +142,20 @@ def test_the_command_exits_1_on_a_fault_and_0_without(monkeypatch, capsys):
     capsys.readouterr()
     assert resources.main() == 1
     printed = json.loads(capsys.readouterr().out)
-    assert printed["failed"] == 1 and printed["rows"][0]["faults"] == ["spills 8 bytes a thread to local memory"]
+    assert [row["name"] for row in printed["rows"]] == ["D3 2×128 forward, deferred", "D3 2×128 forward"]
+    fault = ["spills 8 bytes a thread to local memory"]
+    assert printed["failed"] == 2 and all(row["faults"] == fault for row in printed["rows"])
+
+
+@pytest.mark.parametrize("arguments", [("--only", "("), ("--only", "nothing of the kind"), ("--batch", "0")])
+def test_wrong_input_is_exit_code_2(monkeypatch, capsys, arguments):
+    from bench import resources
+
+    monkeypatch.setattr(resources, "step_cases", lambda *_: iter(()))
+    monkeypatch.setattr(sys, "argv", ["resources", *arguments])
+    assert run_command(resources.main) == 2
+    printed = capsys.readouterr()
+    assert " ".join(arguments) in printed.err and not printed.out
 
 
 def test_interpreted_kernels_are_refused():

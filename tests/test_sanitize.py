@@ -83,7 +83,8 @@ def test_jobs_start_with_the_proof_that_a_tool_works():
     assert next(job.case for job in all_jobs if job.tool == "memcheck") == "planted"
     assert {job.tool for job in all_jobs if job.case == "planted"} == set(sanitize.PLANTED)
     assert len({job.name for job in all_jobs}) == len(all_jobs)
-    assert Job("synccheck", "cuda/gemms") in all_jobs and Job("memcheck", "cuda/gather") not in all_jobs
+    assert Job("synccheck", "cuda/gemms") in all_jobs and Job("memcheck", "triton/prologues") in all_jobs
+    assert not {Job("memcheck", f"cuda/{name}") for name in ("gather", "prologues")} & set(all_jobs)
     assert not [job for job in sanitize.jobs(extension=False) if job.case.startswith("cuda")]
     assert [job.case for job in sanitize.jobs(("racecheck",), "triton/head")] == ["planted", "triton/head"]
 
@@ -156,6 +157,9 @@ def test_exit_codes(monkeypatch, capsys):
     )
     on_a_gpu(monkeypatch, lambda job: Verdict(None, "not finished"))
     assert command(monkeypatch, capsys)[0] == 2
+    on_a_gpu(monkeypatch, lambda job: Verdict(True if job.case == "planted" else None, None))
+    assert command(monkeypatch, capsys)[0] == 2, "a tool that works and no case that ran show nothing"
+    assert command(monkeypatch, capsys, "--only", "planted")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -164,7 +168,12 @@ def test_exit_codes(monkeypatch, capsys):
         (("--only", "("), "--only (: no regular expression"),
         (("--minutes", "0"), "--minutes 0: it must be positive"),
         (("--tool", "leakcheck"), "invalid choice: 'leakcheck'"),
-        (("--run", "triton/none"), "--run triton/none: accepted are planted, triton/gemms"),
+        (
+            ("--run", "triton/none"),
+            "--run triton/none: accepted are planted/memcheck, planted/initcheck, planted/racecheck, triton/gemms",
+        ),
+        (("--run", "cuda/prologues"), "--run cuda/prologues: accepted are planted/memcheck"),
+        (("--only", "gemm5"), "--only gemm5: no case has such a name; there are planted, triton/gemms, cuda/gemms"),
         ((), "compute-sanitizer needs a GPU"),
     ],
 )
@@ -201,7 +210,10 @@ from bench.sanitizer import cases as catalogue
 from kernels._triton import launch
 launched = set()
 run = launch.Launch.run
-launch.Launch.run = lambda self: (launched.add(self.kernel.fn.__name__), run(self))
+launch.Launch.run = lambda self: (launched.add(named(self)), run(self))
+def named(self):
+    state = self.arguments.get("x_state")
+    return self.kernel.fn.__name__ + ("" if state is None else "+" + self.arguments.get("SIDE", "x"))
 torch.bfloat16 = torch.float16  # the interpreter has no bfloat16 products
 for case in sys.argv[1:]:
     catalogue.run("triton", case, torch.device("cpu"))
@@ -214,10 +226,13 @@ OTHERS = "head_kernel head_grad_kernel gan_loss_kernel overflow_kernel adam_kern
 PRODUCTS = "conv_kernel conv_transpose_kernel conv_transpose_image_kernel wgrad_kernel sum_shares_kernel"
 
 
+LOADS = "conv_kernel+x conv_transpose_kernel+x conv_transpose_image_kernel+x wgrad_kernel+low wgrad_kernel+high"
+
+
 @pytest.mark.parametrize(
     "cases, kernels",
     [
-        pytest.param("batch_norm head adam gather", f"{NORMS} {OTHERS}", id="the rest"),
+        pytest.param("batch_norm head adam gather prologues", f"{NORMS} {OTHERS} {LOADS}", id="the rest"),
         pytest.param("gemms images", PRODUCTS, id="products", marks=pytest.mark.long),
     ],
 )

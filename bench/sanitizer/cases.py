@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from kernels.geometry import Epilogue
+from kernels.geometry import Deferred, Epilogue, Shares
 
 GROUPS = 2
 Noise = Callable[..., Tensor]
@@ -74,6 +74,22 @@ def images(run: SimpleNamespace, noise: Noise) -> None:
     products(run, noise, 64, 3, 34, torch.float16)  # two boxes across
 
 
+def prologues(run: SimpleNamespace, noise: Noise) -> None:
+    """Products that apply their input's batch norm as they load it: on TMA boxes, by pointers, to and from images; the
+    shares of weight gradients added up together."""
+    for low, high, size, dtype in ((64, 64, 4, torch.bfloat16), (20, 24, 3, torch.float16), (24, 3, 5, torch.float32)):
+        small, large = (noise(3 * GROUPS, n, n, c, dtype=dtype) for n, c in ((size, low), (2 * size, high)))
+        weight, merged = noise(low, 4, 4, high, dtype=dtype), Epilogue(statistics=True, groups=GROUPS)
+        above = Deferred(large, state_of(noise, high), "leaky_relu")
+        below = Deferred(small, state_of(noise, low), "relu")
+        run.conv(above, weight, merged)
+        run.conv_transpose(below, weight, Epilogue("tanh", groups=GROUPS) if high <= 4 else merged)
+        pending: list[Shares] = []
+        run.wgrad(below, large, pending=pending)
+        run.wgrad(small, above, pending=pending)
+        run.sum_shares(pending)
+
+
 def batch_norm(run: SimpleNamespace, noise: Noise) -> None:
     """Statistics, merges and applies, forward and backward."""
     for channels, dtype in ((64, torch.bfloat16), (24, torch.float32), (7, torch.float16)):
@@ -123,8 +139,11 @@ def gather(run: SimpleNamespace, noise: Noise) -> None:
 
 
 CASES: dict[str, Callable[[SimpleNamespace, Noise], None]] = {
-    "gemms": gemms, "images": images, "batch_norm": batch_norm, "head": head, "adam": adam, "gather": gather,
+    "gemms": gemms, "images": images, "prologues": prologues, "batch_norm": batch_norm, "head": head, "adam": adam,
+    "gather": gather,
 }  # fmt: skip
+TRITON_ALONE = ("prologues", "gather")
+"""What the extension has no kernel for."""
 
 
 def planted(tool: str, device: torch.device) -> None:

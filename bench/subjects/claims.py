@@ -11,7 +11,8 @@ import torch
 from bench import ops
 from bench.subjects import contracts, gemms, layers, whole
 from bench.subjects.accuracy import DTYPES, Subject, verify
-from bench.subjects.problems import MODES, Problem, Use
+from bench.subjects.problems import Problem, Use, distinct, other_problems
+from bench.subjects.variants import USES, deferred_uses, served, tiles
 from dcgan.arch import PRESETS, Arch
 from dcgan.errors import InputError
 from kernels import dispatch, tuning
@@ -26,14 +27,6 @@ FAMILY = {
     "gray": Arch(image_size=32, channels=1, ngf=32, ndf=32),
     "rgba": Arch(image_size=16, channels=4, nz=7, ngf=20, ndf=20),
 }
-USES = [
-    Use(mode, activation, groups, merge)
-    for mode in MODES
-    for activation in ("none", "relu", "leaky_relu", "tanh")
-    for groups in (1, 2)
-    for merge in ((False, True) if mode in ("statistics", "batch_norm_grad") else (False,))
-    if not (mode == "statistics" and activation != "none") and (mode, activation) != ("batch_norm_grad", "tanh")
-]
 
 
 @dataclass(frozen=True)
@@ -115,6 +108,7 @@ def planned(scope: Scope) -> Iterator[Check]:
     yield from promises(scope)
     if scope.device.type != "cpu" or scope.interpreted:
         yield from epilogues(scope, kept)
+        yield from prologues(scope, kept)
         yield from tuned(scope, kept)
     yield from numbers(scope, scope.arch, scope.batches[:1], scope.precisions[1:], kept)
     yield from same_bits(scope, kept)
@@ -133,15 +127,15 @@ def numbers(
     scope: Scope, arch: Arch, batches: tuple[int, ...], precisions: tuple[str, ...], kept: Kept, prefix: str = ""
 ) -> Iterator[Check]:  # fmt: skip
     """Section 1 and 6: verified as the benchmarks verify them."""
-    for batch in batches:
-        for precision in precisions:
-            alone = layers.network_ops(arch.discriminator, batch, 1, precision)  # as G's step has them
-            for work in (*ops.step_works(arch, batch, precision), *alone):
-                build = partial(ops.build, work, scope.device)
-                for recipe in recipes(scope, work):
-                    name = (f"{prefix}:" if prefix else "") + work.name(recipe) + grouped(work)
-                    jobs = tuple((part, None) for part in ops.compiled_parts(work)) if recipe == "triton" else ()
-                    yield Check(name, "numbers", partial(verified, kept, work, build, recipe), jobs)
+    for batch, precision in product(batches, precisions):
+        alone = layers.network_ops(arch.discriminator, batch, 1, precision)  # as G's step has them
+        others = distinct(other_problems(arch, batch, precision))
+        for work in (*ops.step_works(arch, batch, precision), *others, *alone):
+            build = partial(ops.build, work, scope.device)
+            for recipe in recipes(scope, work):
+                name = (f"{prefix}:" if prefix else "") + work.name(recipe) + grouped(work)
+                jobs = tuple((part, None) for part in ops.compiled_parts(work)) if recipe == "triton" else ()
+                yield Check(name, "numbers", partial(verified, kept, work, build, recipe), jobs)
 
 
 def grouped(work: Any) -> str:
@@ -186,53 +180,57 @@ def promise(function: Callable[..., str | None], *arguments: Any) -> Callable[[]
     return lambda: (function(*arguments), {})
 
 
-def epilogues(scope: Scope, kept: Kept) -> Iterator[Check]:
-    """Section 3: one tile by TMA and one by pointers for each GEMM, geometry and epilogue."""
-    device, images = scope.device, 2 if scope.device.type == "cpu" else 6
+def tiled(scope: Scope) -> Iterator[tuple[bool, Problem, str, Any]]:
+    """Each GEMM, geometry and precision on one tile by TMA and one by pointers; and whether it is the one of them all
+    whose every use is of interest."""
     sizes: dict[tuple[Any, ...], Layer] = {}
     for layer in (*scope.arch.generator, *scope.arch.discriminator):
         if layer.stride == 2:
-            ends = layer.in_channels, layer.out_channels
             low = min(layer.in_size, layer.out_size)
-            sizes.setdefault((low, *sorted(ends)), layer)
+            sizes.setdefault((low, *sorted((layer.in_channels, layer.out_channels))), layer)
+    for number, (precision, ((low, small, large), layer)) in enumerate(product(scope.precisions, sizes.items())):
+        for kernel, into, out in (("conv", small, large), ("conv_transpose", large, small), ("wgrad", large, small)):
+            p = Problem(kernel, into, out, low, 1, precision, layer.name)
+            for path, config in tiles(kernel, into, out, low, precision, scope.device):
+                yield number == min(1, len(sizes) - 1), p, path, config
+
+
+def epilogues(scope: Scope, kept: Kept) -> Iterator[Check]:
+    """Section 3: one tile by TMA and one by pointers for each GEMM, geometry and epilogue."""
+    device, images = scope.device, 2 if scope.device.type == "cpu" else 6
     few = [Use("statistics", "none", 2, True), Use("activation", "tanh"), Use("activation_grad", "leaky_relu", 2),
            Use("batch_norm_grad", "relu", 2, True)]  # fmt: skip
-    for number, (precision, (shape, layer)) in enumerate(product(scope.precisions, sizes.items())):
-        low, small, large = shape
-        for kernel, into, out in (("conv", small, large), ("conv_transpose", large, small), ("wgrad", large, small)):
-            every = USES if number == min(1, len(sizes) - 1) else few  # all on one middle layer, in the first precision
-            for path, config in tiles(kernel, into, out, low, precision, device):
-                for use in [Use()] if kernel == "wgrad" else every:
-                    p = Problem(kernel, into, out, low, images, precision, layer.name, "forward", use)
-                    build = partial(gemms.build, p, device, {path: config})
-                    label = f"{kernel}[{path}]" if kernel == "wgrad" else f"{kernel}[{use} {path}]"
-                    name = f"{label}/{p.key}/triton/{precision}/b{images}"
-                    yield Check(name, "epilogues", partial(verified, kept, p, build, path), ((p, config),))
+    for middle, one, path, config in tiled(scope):  # all on one middle layer, in the first precision
+        for use in [Use()] if one.kernel == "wgrad" else USES if middle else few:
+            p = replace(one, images=images, use=use)
+            if not served(p, config):
+                continue
+            label = f"{p.kernel}[{path}]" if p.kernel == "wgrad" else f"{p.kernel}[{use} {path}]"
+            name, build = (
+                f"{label}/{p.key}/triton/{p.precision}/b{images}",
+                partial(gemms.build, p, device, {path: config}),
+            )
+            yield Check(name, "epilogues", partial(verified, kept, p, build, path), ((p, config),))
 
 
-def tiles(kernel: str, into: int, out: int, low: int, precision: str, device: torch.device) -> list[tuple[str, Any]]:
-    """A small tile by TMA, where TMA can load it, and one by pointers."""
-    from kernels._triton.config import ConvConfig, WgradConfig, pixel_box, tma_fits
-
-    widest = 16 if device.type == "cpu" else 64
-    depth = min(widest, 32) if precision in ("tf32", "fp32") else widest
-    depth = min(depth, 16 if into < 32 else depth)
-    found = []
-    for tma, path in ((True, "tma"), (False, "pointers")):
-        fits = tma_fits((into, out), DTYPES[precision].itemsize) and (kernel != "conv" or into % depth == 0)
-        if tma and (not fits or (precision == "fp32" and device.type == "cuda")):  # scalar products: never by TMA
-            continue
-        if kernel == "wgrad":
-            box = pixel_box(32, low, low)
-            found.append((path, WgradConfig(*box, widest, widest, 3, 4, 3, tma)))
-        else:
-            box = pixel_box(64, low, low)
-            found.append((path, ConvConfig(*box, max(16, widest // 2), depth, 4, 3, tma)))
-    return found
+def prologues(scope: Scope, kept: Kept) -> Iterator[Check]:
+    """Section 3 too: batch norm in the load, of one group and of two with an odd number of images; in 16 bits also
+    whether the bits are those of an `apply` before."""
+    device, batches = scope.device, ((2, 2), (1, 3)) if scope.device.type == "cpu" else ((2, 6), (1, 7))
+    for (_, one, path, config), (groups, images) in product(tiled(scope), batches):
+        for use in deferred_uses(one, groups):
+            p = replace(one, images=images, use=use)
+            name = f"{p.kernel}[{use} {path}]/{p.key}/triton/{p.precision}/b{images}"
+            run = partial(verified, kept, p, partial(gemms.build, p, device, {path: config}), path)
+            yield Check(name, "prologues", run, ((p, config),))
+            if DTYPES[p.precision].itemsize == 2 and (p.kernel != "wgrad" or groups == 1):  # groups split its boxes
+                run, apart = promise(gemms.other_bits, p, device, config), replace(p, use=replace(use, before=None))
+                yield Check(f"bits of an apply: {name}", "prologues", run, ((p, config), (apart, config)))
 
 
 def tuned(scope: Scope, kept: Kept) -> Iterator[Check]:
-    """Section 4: each tile of the table with every epilogue, at its own shape and at a smaller, odd batch."""
+    """Section 4: each tile of the table with every epilogue, and with its input's batch norm deferred, at its own shape
+    and at a smaller, odd batch."""
     if scope.device.type != "cuda":
         return
     table, _ = tuning.load(torch.cuda.get_device_name(scope.device))
@@ -241,12 +239,13 @@ def tuned(scope: Scope, kept: Kept) -> Iterator[Check]:
             if entry.tile is None:
                 continue
             into, out, size = entry.shape
-            low = size // 2 if kernel == "conv" else size
+            one = Problem(kernel, into, out, size // 2 if kernel == "conv" else size, 1, precision, "tuned")
+            deferred = [use for groups in (1, 2) for use in deferred_uses(one, groups)]
             for images, uses in ((entry.images, USES[:4]), (6, USES)):
-                for use in [Use()] if kernel == "wgrad" else uses:
-                    if images % use.groups:
+                for use in [*([Use()] if kernel == "wgrad" else uses), *deferred]:
+                    p = replace(one, images=images, use=use)
+                    if images % use.groups or not served(p, entry.tile):
                         continue
-                    p = Problem(kernel, into, out, low, images, precision, "tuned", "forward", use)
                     build = partial(gemms.build, p, scope.device, {"tuned": entry.tile})
                     name = f"{kernel}[{use} tuned for {entry.images}]/{p.key}/triton/{precision}/b{images}"
                     run = partial(verified, kept, p, build, "tuned")

@@ -19,6 +19,9 @@ from kernels._triton.config import (
     boxes,
     cdiv,
     conv_config,
+    image_box,
+    image_config,
+    inner,
     pixel_box,
     power_of_two,
     tma_fits,
@@ -33,7 +36,8 @@ LOAD = 132
 against about 6 TB/s. It orders the candidates and decides nothing."""
 
 IMAGE_CHANNELS = 4
-"""Up to so many output channels `conv_transpose` has a kernel of its own, whose columns are fixed."""
+"""Up to so many output channels `conv_transpose` has a kernel of its own, whose columns are fixed:"""
+IMAGE_COLUMNS = 64
 
 FEW_POINTERS = 4
 """Tiles that load by pointers, where TMA can load too."""
@@ -67,9 +71,8 @@ def expected(problem: Problem, c: Config, arch: int) -> float:
         tiles = c.split * cdiv(p.into, c.rows) * (cdiv(16 * p.out, c.columns) if flat else 16 * cdiv(p.out, c.columns))
         length = boxes((c.images, c.height, c.width), p.images, p.low, p.low) * c.depth / c.split
     else:
-        tiles = p.use.groups * boxes((c.images, c.height, c.width), p.images // p.use.groups, p.low, p.low)
-        tiles *= 1 if is_image(p) else cdiv(p.out, c.columns) * PHASES[p.kernel]
-        length = p.into * (9 if is_image(p) else 16 // PHASES[p.kernel])
+        tiles = conv_programs(p, (c.images, c.height, c.width), c.columns)
+        length = p.into * (1 if is_image(p) else 16 // PHASES[p.kernel])
     waves = cdiv(tiles, SMS[arch])
     return waves * length * max(c.rows * c.columns, LOAD * (c.rows + c.columns))
 
@@ -80,13 +83,20 @@ def default(problem: Problem, arch: int) -> Config:
     if p.kernel == "wgrad":
         return wgrad_config(p.images, p.low, p.low, p.into, p.out, itemsize, arch, matrix)
     if is_image(p):
-        depth = min(128 // itemsize if matrix else 16, max(16, power_of_two(p.into)))
-        tma = matrix and arch >= 90 and p.into * itemsize % 16 == 0
-        return ConvConfig(*pixel_box(128, p.low, p.low), 16, depth, 4, 3, tma)
+        return image_config(p.low, p.low, p.into, itemsize, arch, matrix)
     per_group = p.images // p.use.groups
     return conv_config(
         p.kernel, per_group, p.use.groups, p.low, p.low, (p.into, p.out), itemsize, arch, matrix
     )  # fmt: skip
+
+
+def conv_programs(p: Problem, box: tuple[int, int, int], columns: int) -> int:
+    """Programs of a convolution's launch: tiles of pixels (onto an image but for their rims), phases, columns."""
+    per_group = p.images // p.use.groups
+    if is_image(p):
+        rows, across = inner(p.low, box[1]), inner(p.low, box[2])
+        return p.use.groups * cdiv(per_group, box[0]) * cdiv(p.low, rows) * cdiv(p.low, across)
+    return p.use.groups * boxes(box, per_group, p.low, p.low) * PHASES[p.kernel] * cdiv(p.out, columns)
 
 
 def is_image(p: Problem) -> bool:
@@ -120,10 +130,10 @@ def conv_tiles(p: Problem, arch: int) -> list[ConvConfig]:
         for rows, columns, depth, warps, stages in product(
             (64, 128, 256), columns_tried, depths(p, tma), warps_tried(tma), (2, 3, 4, 5)
         ):
-            box = pixel_box(rows, p.low, p.low)
-            tiles = p.use.groups * boxes(box, per_group, p.low, p.low) * cdiv(p.out, columns)
-            tiles *= 1 if p.kernel == "conv" or is_image(p) else 4
-            if fits(rows, columns, depth, warps, stages, itemsize, arch) and busy(tiles, rows * columns, arch):
+            box = (image_box if is_image(p) else pixel_box)(rows, p.low, p.low)
+            tiles = conv_programs(p, box, columns)
+            accumulated = IMAGE_COLUMNS if is_image(p) else columns
+            if fits(rows, accumulated, depth, warps, stages, itemsize, arch) and busy(tiles, rows * accumulated, arch):
                 found.append(ConvConfig(*box, columns, depth, warps, stages, tma))
     return [c for c in found if c.images <= power_of_two(per_group)]
 

@@ -41,15 +41,16 @@ def shapes(arch: Arch, batches: Sequence[int], precision: str) -> list[Shape]:
     for batch in batches:
         mine: dict[str, Shape] = {}
         for problem in distinct(step_problems(arch, batch, precision)):
-            shape = Shape(problem, (problem.use,))
-            known = mine.get(shape.name)
-            if known is None:
-                mine[shape.name] = shape
-            elif problem.use not in known.uses:
-                mine[shape.name] = Shape(known.problem, (*known.uses, problem.use))
+            merge(mine, Shape(problem, (problem.use,)))
         for shape in sorted(mine.values(), key=lambda shape: -shape.problem.flops * len(shape.uses)):
-            found.setdefault(shape.name, shape)
+            merge(found, shape)
     return list(found.values())
+
+
+def merge(found: dict[str, Shape], shape: Shape) -> None:
+    """Add a shape, or its uses to those of the one that is there."""
+    known = found.get(shape.name, shape)
+    found[shape.name] = Shape(known.problem, tuple(dict.fromkeys((*known.uses, *shape.uses))))
 
 
 def launches_of(work: Problem | Element, config: Any, arch: int) -> tuple:
@@ -120,6 +121,28 @@ def compile_fault(found: list[dict[str, int]] | str, arch: int) -> str | None:
     return None
 
 
+def run_fault(
+    name: str, subjects: Sequence[Subject], recipe: str, device: torch.device, journal: Journal
+) -> str | None:
+    """Run a recipe of some subjects once: why it is wrong, None where it is right. `name` is what the journal is told,
+    so that what ends the process is not run again."""
+    if name in journal.blamed:
+        return "it ended the process the last time"
+    journal.begin(name)
+    why = None
+    for subject in subjects:
+        try:
+            _, why = verify(subject, recipe)
+        except Exception as error:  # whatever a compiler or a launch raises: the other candidates go on
+            why = one_line(error)
+        if why:
+            break
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # a poisoned device raises here, with the journal still open
+    journal.end(name)
+    return why
+
+
 class DeviceLab:
     """One shape's candidates on a device."""
 
@@ -128,22 +151,7 @@ class DeviceLab:
         self.subjects: list[Subject] = [gemms.build(problem, device, tiles) for problem in shape.problems()]
 
     def check(self, recipe: str) -> str | None:
-        name = f"{self.shape.name} {recipe}"
-        if name in self.journal.blamed:
-            return "it ended the process the last time"
-        self.journal.begin(name)
-        why = None
-        for subject in self.subjects:
-            try:
-                _, why = verify(subject, recipe)
-            except Exception as error:  # whatever a compiler or a launch raises: the other candidates go on
-                why = one_line(error)
-            if why:
-                break
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # a poisoned device raises here, with the journal still open
-        self.journal.end(name)
-        return why
+        return run_fault(f"{self.shape.name} {recipe}", self.subjects, recipe, self.device, self.journal)
 
     def time_us(self, recipes: Sequence[str], rounds: int) -> dict[str, float]:
         def calls(recipe: str) -> Callable[[], None]:

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from bench.subjects.problems import Read
+
 LIBRARY = "library"
 FINALISTS = 4
 ROUNDS = {"first": 3, "last": 15}
@@ -72,7 +74,8 @@ def search(recipes: Sequence[str], lab: Lab, faults: Mapping[str, str] | None = 
 
 
 class Table:
-    """A tuned table on its way to a file; the format is that of `kernels.tuning`.
+    """A tuned table on its way to a file; the format is that of `kernels.tuning`, and `measured` beside it: by the name
+    of an input's entry its times in µs, and of what kernels and tiles.
 
     Args:
         path: of the file; what it holds stays, but for what is measured again.
@@ -85,7 +88,7 @@ class Table:
 
     def __init__(self, path: Path, header: Mapping[str, Any], sources: str):
         self.path, self.header, self.sources = path, dict(header), sources
-        self.data: dict[str, Any] = {"ops": {}, "tiles": {}}
+        self.data: dict[str, Any] = {"ops": {}, "tiles": {}, "inputs": {}, "measured": {}}
         if path.exists():
             held = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(held, dict) or held.get("device") != header["device"]:
@@ -113,6 +116,17 @@ class Table:
     def put_op(self, op: str, key: str, precision: str, images: int, recipe: str) -> None:
         """Store which recipe is the fastest for a public op as a whole, and write."""
         self.data["ops"].setdefault(op, {}).setdefault(key, {}).setdefault(precision, {})[str(images)] = recipe
+        self.write()
+
+    def has_input(self, name: str, stamp: str) -> bool:
+        """Whether an input was measured with these very kernels and tiles, of which `stamp` is a hash."""
+        return self.data["measured"].get(name, {}).get("sources") == stamp
+
+    def put_input(self, read: Read, way: str, times: Mapping[str, float], stamp: str) -> None:
+        """Store who had better apply the batch norm of a layer's input, `applied` or `deferred`, and write."""
+        place = self.data["inputs"].setdefault(read.kind, {}).setdefault(read.key, {})
+        place.setdefault(read.precision, {})[str(read.images)] = way
+        self.data["measured"][read.name] = {"us": dict(times), "sources": stamp}
         self.write()
 
     def write(self) -> None:
