@@ -35,7 +35,7 @@ STEPS_A_ROUND = {"cuda": 20, "cpu": 1}
 
 BATCHES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 SIZES = (32, 64, 128, 256)
-WIDTHS = (32, 64, 128)
+WIDTHS = (32, 64, 128, 256)
 BASE = PRESETS["dcgan64"].arch
 
 FASTEST = Rung("bf16" if fast_bf16(DEVICE) else "fp32", ours="fused", graph=DEVICE.type == "cuda")
@@ -108,7 +108,8 @@ def measure(benchmark: Any, rung: Rung, arch: Arch, images: int, device: torch.d
     work = floor(list(step_kernels(arch, images)), measured(device).of(precision))
     benchmark.extra_info |= {f"p{q}_ms": quantile(times_ms, q / 100) for q in (20, 50, 80)}
     benchmark.extra_info |= {"images_per_s": images * 1e3 / step_ms, "roofline": work.floor_us / 1e3 / step_ms}
-    benchmark.extra_info["tflops"] = work.gflop / step_ms  # 10^9 operations in 10^-3 s
+    benchmark.extra_info |= {"tflops": work.gflop / step_ms, "gbps": work.mbytes / step_ms}  # 10^9, 10^6 in 10^-3 s
+    benchmark.extra_info |= telemetry(device).under_load(step, step_ms)
     joules, _ = telemetry(device).joules_per_image(step, images, seconds=1.0)
     if joules is not None:
         benchmark.extra_info["joules_per_image"] = joules

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from bench.roofline import Ceilings
-from bench.timing import interleave
+from bench.timing import interleave, one_line
 
 MATRIX_SIDE = {"cuda": 8192, "cpu": 1024}
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
@@ -25,10 +25,12 @@ REPEATED = 64
 
 @dataclass(frozen=True)
 class Measured:
-    """matrix_tflops: 10^12 operations a second by precision (`bf16`, `fp32`, on a GPU `tf32`). copy_tbps: terabytes a
-    second, read and written. spread: median over shortest time of each; far above 1 the machine was busy, and the rate
-    may be low. On a GPU also l2_tbps, a copy within L2, and the time from one small kernel to the next: node_us in a
-    CUDA graph, launch_us as launches; the three have not run on a GPU yet."""
+    """matrix_tflops: 10^12 operations a second by precision (`bf16`, `fp32`, on a GPU `tf32`, and `fp8` where it has
+    it). copy_tbps: terabytes a second, read and written. spread: median over shortest time of each; far above 1 the
+    machine was busy, and the rate may be low. On a GPU also l2_tbps, a copy within L2; and the time from one small
+    kernel to the next, in a CUDA graph (node_us) and as launches (launch_us), and the same where each may begin before
+    the last has ended (programmatic dependent launch, `dependent_…`). missing: what a GPU would not do, and why. All of
+    a GPU has not run on one yet."""
 
     matrix_tflops: dict[str, float]
     copy_tbps: float
@@ -36,6 +38,9 @@ class Measured:
     l2_tbps: float | None = None
     node_us: float | None = None
     launch_us: float | None = None
+    dependent_node_us: float | None = None
+    dependent_launch_us: float | None = None
+    missing: dict[str, str] = field(default_factory=dict)
 
     def of(self, precision: str) -> Ceilings:
         """As `bench.roofline` takes them."""
@@ -89,30 +94,83 @@ def measure(
 
         return call
 
-    calls = {"bf16": product(half, False), "fp32": product(single, False), "copy": lambda: target.copy_(source)}
-    if device.type == "cuda":
+    calls: dict[str, Callable[[], object]] = {
+        "bf16": product(half, False), "fp32": product(single, False), "copy": lambda: target.copy_(source)
+    }  # fmt: skip
+    missing: dict[str, str] = {}
+    if is_gpu(device):
         calls["tf32"] = product(single, True)
-        small, inside = source[:1024], source[:L2_BYTES]
-        calls["l2"] = graphed(lambda: target[: inside.numel()].copy_(inside))
-        calls["nodes"] = graphed(lambda: small.bitwise_not_())
-        calls["launches"] = lambda: [small.bitwise_not_() for _ in range(REPEATED)]
+        for what, make in of_a_gpu(half, source, target).items():
+            try:
+                made = make()
+                for call in made.values():
+                    call()  # what fails would take the others with it
+                torch.cuda.synchronize()
+                calls |= made
+            except Exception as error:  # a GPU, a library or a compiler without it
+                missing[what] = one_line(error)
     timed = interleave(calls, rounds, device=device, seconds=seconds)
     best_s = {name: min(timed.samples_ms[name]) / 1e3 for name in calls}
     tera = 1e-12
-    rates = {name: 2 * side**3 / best_s[name] * tera for name in calls if name in ("bf16", "fp32", "tf32")}
+    rates = {name: 2 * side**3 / best_s[name] * tera for name in calls if name in ("bf16", "fp32", "tf32", "fp8")}
     spread = {name: timed.p50_ms(name) / 1e3 / best_s[name] for name in calls}
-    between = {}
+    between = {key: best_s[name] / REPEATED * 1e6 for name, key in BETWEEN.items() if name in calls}
     if "l2" in calls:
-        between = {
-            "l2_tbps": 2 * inside.numel() * REPEATED / best_s["l2"] * tera,
-            "node_us": best_s["nodes"] / REPEATED * 1e6,
-            "launch_us": best_s["launches"] / REPEATED * 1e6,
-        }
-    return Measured(rates, 2 * copy_bytes / best_s["copy"] * tera, spread, **between)
+        between["l2_tbps"] = 2 * L2_BYTES * REPEATED / best_s["l2"] * tera
+    return Measured(rates, 2 * copy_bytes / best_s["copy"] * tera, spread, missing=missing, **between)
 
 
-def graphed(call: Callable[[], object]) -> Callable[[], None]:
-    """`REPEATED` calls as one CUDA graph."""
+def is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+BETWEEN = {
+    "nodes": "node_us", "launches": "launch_us",
+    "dependent nodes": "dependent_node_us", "dependent launches": "dependent_launch_us",
+}  # fmt: skip
+
+
+def of_a_gpu(
+    half: tuple[torch.Tensor, ...], source: torch.Tensor, target: torch.Tensor
+) -> dict[str, Callable[[], dict[str, Callable[[], object]]]]:
+    """What makes the calls that a GPU alone is timed on, each by itself, since not every GPU can do all of them."""
+    inside, outside = source[:L2_BYTES], target[:L2_BYTES]
+
+    def fp8() -> dict[str, Callable[[], object]]:
+        return {"fp8": fp8_product(half[0], half[1])}
+
+    def within_l2() -> dict[str, Callable[[], object]]:
+        return {"l2": graphed(lambda: outside.copy_(inside))}
+
+    def gaps(prefix: str, dependent: bool) -> dict[str, Callable[[], object]]:
+        from bench.gaps import touch  # late: Triton is not everywhere
+
+        small = torch.zeros(1024, device=source.device)
+
+        def launches() -> None:
+            for _ in range(REPEATED):
+                touch(small, dependent)
+
+        return {f"{prefix}nodes": graphed(lambda: touch(small, dependent)), f"{prefix}launches": launches}
+
+    return {
+        "matrix product fp8": fp8,
+        "copy within L2": within_l2,
+        "between kernels": lambda: gaps("", False),
+        "dependent launch": lambda: gaps("dependent ", True),
+    }
+
+
+def fp8_product(a: torch.Tensor, b: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """The product of two square matrices as float8_e4m3fn, its sums bfloat16 at the end."""
+    left = a.to(torch.float8_e4m3fn)
+    right = b.t().contiguous().to(torch.float8_e4m3fn).t()  # the library wants the second by columns
+    one = torch.ones((), device=a.device)
+    return lambda: torch._scaled_mm(left, right, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+
+
+def graphed(call: Callable[[], object], repeated: int = REPEATED) -> Callable[[], None]:
+    """`repeated` calls as one CUDA graph; what the last of them allocated stays where it is."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -120,6 +178,6 @@ def graphed(call: Callable[[], object]) -> Callable[[], None]:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        for _ in range(REPEATED):
+        for _ in range(repeated):
             call()
     return graph.replay

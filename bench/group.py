@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from bench.peers import ladder
 from bench.peers.ladder import EXAMPLE, Rung, Runner
 from bench.roofline import floor, step_kernels
 from bench.telemetry import Telemetry
-from bench.timing import FEWEST_ROUNDS, Timed, interleave, measure_ms
+from bench.timing import FEWEST_ROUNDS, Timed, interleave, measure_ms, one_line
 from bench.verify import Oracle, differences, oracle, tolerance_class, verdict
 from dcgan.arch import Arch
 
@@ -38,8 +38,12 @@ class Plan:
         peer_batches, step_batches: images a step in the stages `peers` and `step`.
         rounds: of the timing, at most.
         compile: whether to try the rungs that compile.
-        energy: whether to measure joules an image, of the example and of ours, a second each.
+        energy: whether to measure joules an image, a second each: of the example, of ours and of the fastest peer, and
+            in the stage `peers` of the others too while there is time.
         ceiling_sizes: side of the matrices and bytes of the copy, where not the device's own.
+        sizes, widths: image sizes and filters at which `step` measures too, beside those of `arch`.
+        ablated: images a step at which `step` turns the fused step's parts off, one at a time.
+        pictures: of the tutorial's run at the end of `step`; 0 for no such run.
     """
 
     arch: Arch
@@ -50,11 +54,18 @@ class Plan:
     compile: bool = True
     energy: bool = False
     ceiling_sizes: tuple[int, int] | tuple[()] = ()
+    sizes: tuple[int, ...] = ()
+    widths: tuple[int, ...] = ()
+    ablated: tuple[int, ...] = ()
+    pictures: int = 0
 
 
 @dataclass
 class Bench:
-    """A plan on its way: where rows go, what the stages tell each other, and the summary that grows with them."""
+    """A plan on its way: where rows go, what the stages tell each other, and the summary that grows with them.
+
+    `save` writes that summary out, so that nothing of it is lost when the process is killed.
+    """
 
     plan: Plan
     out: Path
@@ -62,22 +73,23 @@ class Bench:
     telemetry: Telemetry
     measured: ceilings.Measured | None = None
     summary: dict[str, Any] = field(default_factory=dict)
-
-
-def one_line(error: BaseException) -> str:
-    """The error as a row's reason: its first line that says something, at most 200 characters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+    save: Callable[[], None] = lambda: None
 
 
 @dataclass
 class Group:
-    """Rungs that are verified one by one and then timed beside each other."""
+    """Rungs that are verified one by one and then timed beside each other; of the plan's architecture where no other is
+    given, which alone goes to the summary."""
 
     bench: Bench
     stage: str
     images: int
     name: str
+    other: Arch | None = None
+
+    @property
+    def arch(self) -> Arch:
+        return self.other or self.bench.plan.arch
 
     def run(self, rungs: Iterable[Rung], seconds: float) -> list[str]:
         """Emit a row a rung; returns the names of ours and of the fastest peer, for a later group to stand beside."""
@@ -85,12 +97,17 @@ class Group:
             return self.measure(rungs, seconds)
         except Exception as error:  # such as a batch that does not fit: the next one may
             why = one_line(error)
-            self.bench.emit(self.stage, f"b{self.images}", False, why, batch=self.images, group=self.name)
+            self.bench.emit(self.stage, f"b{self.images}", False, why, group=self.name, **self.settings())
             return []
+        finally:
+            self.bench.save()
+
+    def settings(self) -> dict[str, Any]:
+        return {"batch": self.images, "image_size": self.arch.image_size, "ngf": self.arch.ngf}
 
     def measure(self, rungs: Iterable[Rung], seconds: float) -> list[str]:
         began, plan = time.perf_counter(), self.bench.plan
-        expected = oracle(plan.arch, self.images, plan.device)
+        expected = oracle(self.arch, self.images, plan.device)
         runners, facts, reserved_s = {}, {}, 0.0
         for rung in sorted(rungs, key=urgency):
             left = seconds - (time.perf_counter() - began) - reserved_s
@@ -106,16 +123,19 @@ class Group:
                 reserved_s += fact.pop("step_s") * STEPS_TO_TIME
         if not runners:
             return []
-        data = ladder.batches(plan.arch, self.images, plan.device, BATCHES_IN_TURN)
+        data = ladder.batches(self.arch, self.images, plan.device, BATCHES_IN_TURN)
         calls = {name: in_turn(runner, data) for name, runner in runners.items()}
         left = max(seconds - (time.perf_counter() - began), 0.0)
         timed = interleave(calls, plan.rounds, 1, plan.device, left)
-        reading = {} if self.bench.telemetry.why else self.bench.telemetry.read()
+        peers = [name for name, runner in runners.items() if not runner.rung.ours]
+        always = {EXAMPLE, min(peers, key=timed.p50_ms, default=None)}
         for name, runner in runners.items():
+            reading = self.bench.telemetry.under_load(calls[name], timed.p50_ms(name))
             values = torch.as_tensor(runner(*prepared(runner, data[0])))
             ok = bool(torch.isfinite(values).all())
             figures = facts[name] | self.figures(runner.rung, timed)
-            if plan.energy and (runner.rung.ours == "fused" or name == EXAMPLE):
+            time_left = self.stage == "peers" and time.perf_counter() - began + 1.0 < seconds
+            if plan.energy and not runner.rung.off and (runner.rung.ours == "fused" or name in always or time_left):
                 joules, _ = self.bench.telemetry.joules_per_image(calls[name], self.images, seconds=1.0)
                 figures["joules_per_image"] = joules
             self.row(runner.rung, ok, None if ok else f"metrics after timing: {values.tolist()}", figures | reading)
@@ -125,12 +145,12 @@ class Group:
         """Build and verify, unless it is too `late`: the runner, or None with the reason and the row's `ok`; and the
         facts found so far, `step_s` among them: the seconds of one step, roughly."""
         plan = self.bench.plan
-        why = ladder.unavailable(rung, plan.arch, plan.device) or late
+        why = ladder.unavailable(rung, self.arch, plan.device) or late
         if why:
             return None, {}, why, None
         try:
             with peak_memory(plan.device) as memory:
-                runner = ladder.build(rung, plan.arch, expected.start, plan.device, self.images)
+                runner = ladder.build(rung, self.arch, expected.start, plan.device, self.images)
                 found = differences(runner, expected)
                 batch = prepared(runner, expected.data[0])
                 step_s = measure_ms(lambda: runner(*batch), 1, plan.device) / 1e3
@@ -145,13 +165,20 @@ class Group:
         return runner, facts | {"step_s": step_s}, None, True
 
     def figures(self, rung: Rung, timed: Timed) -> dict[str, Any]:
-        """Times, rates, the fraction of the floor, and the ratio to the example."""
+        """Times, rates, the fraction of the floor, and the ratio to the example; of a rung with a part turned off also
+        what that part gains."""
         figures: dict[str, Any] = timed.figures(rung.name)
         figures["images_per_s"] = self.images * 1e3 / figures["p50_ms"]
+        figures["tflops"] = floor(list(step_kernels(self.arch, self.images))).gflop / figures["p50_ms"]
         figures["roofline"] = self.roofline(rung, figures["p50_ms"])
         if EXAMPLE in timed.samples_ms and rung.name != EXAMPLE:
             ratio = timed.ratio(EXAMPLE, rung.name)
             figures |= {"over_example": ratio.median, "over_example_p20": ratio.p20, "over_example_p80": ratio.p80}
+            figures |= {"halves_disagreement": ratio.disagreement, "noisy": ratio.noisy}
+        whole = replace(rung, off="").name
+        if rung.off and whole in timed.samples_ms:
+            ratio = timed.ratio(rung.name, whole)
+            figures |= {"gain": ratio.median, "gain_p20": ratio.p20, "gain_p80": ratio.p80}
             figures |= {"halves_disagreement": ratio.disagreement, "noisy": ratio.noisy}
         return figures
 
@@ -160,20 +187,20 @@ class Group:
         if self.bench.measured is None:
             return None
         precision = tolerance_class(rung.precision, self.bench.plan.device)
-        kernels = list(step_kernels(self.bench.plan.arch, self.images))
+        kernels = list(step_kernels(self.arch, self.images))
         return floor(kernels, self.bench.measured.of(precision)).floor_us / 1e3 / step_ms
 
     def row(self, rung: Rung, ok: Ok, why: str | None, figures: dict[str, Any]) -> None:
-        settings = {"batch": self.images, "group": self.name, **asdict(rung)}
+        settings = {"group": self.name, **self.settings(), **asdict(rung)}
         self.bench.emit(self.stage, rung.name, ok, why, **settings, **figures)
 
     def summarise(self, runners: dict[str, Runner], facts: dict[str, dict], timed: Timed) -> list[str]:
         """Put this batch into the summary; what is there stays unless a rung that compiles turned out the best peer."""
-        fused = [name for name, runner in runners.items() if runner.rung.ours == "fused"]
+        fused = [name for name, runner in runners.items() if runner.rung.ours == "fused" and not runner.rung.off]
         others = [name for name, runner in runners.items() if not runner.rung.ours]
         ours, best = min(fused, key=timed.p50_ms, default=None), min(others, key=timed.p50_ms, default=None)
         names = [name for name in (ours, best) if name]
-        if ours is None:
+        if ours is None or self.other:
             return names
         ratio = timed.ratio(best, ours) if best and self.stage == "peers" else None
         key = f"b{self.images}"
@@ -194,6 +221,7 @@ class Group:
             "ours": ours,
             "example_ms": timed.p50_ms(EXAMPLE) if example else None,
             "noisy": None if example is None else example.noisy,
+            "best_peer_noisy": None if ratio is None else ratio.noisy,
         }
         return names
 

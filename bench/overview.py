@@ -20,20 +20,27 @@ def table(rows: list[Row]) -> list[str]:
 
 
 def line(row: Row) -> str:
-    text = f"{row['suite']:9s} {row['name'][:52]:52s} {row.get('batch', ''):>5}"
+    name = row["name"] if row.get("group") != "scaling" else f"{row['name']} {row['image_size']}px f{row['ngf']}"
+    text = f"{row['suite']:9s} {name[:52]:52s} {row.get('batch', ''):>5}"
     if "images_per_s" in row:
-        text += f" {row['p50_ms']:9.2f} {row['images_per_s']:10.1f}"
+        text += f" {row['p50_ms']:9.3f} {row['images_per_s']:10.1f}"
         text += f" {row['roofline']:6.2f}" if row.get("roofline") is not None else " " * 7
         text += f" {row['over_example']:9.2f}" if "over_example" in row else ""
+        text += f"  without {row['off']} {row['gain']:.2f} times as long" if "gain" in row else ""
         text += {True: "  noisy", False: ""}.get(row.get("noisy", False), "  too few rounds to tell noise")
     elif "matrix_tflops" in row:
         text += f" {row['matrix_tflops']:9.3f} TFLOP/s"
-    elif "copy_tbps" in row:
-        text += f" {row['copy_tbps']:9.4f} TB/s"
+    elif "copy_tbps" in row or "l2_tbps" in row:
+        text += f" {row.get('copy_tbps', row.get('l2_tbps')):9.4f} TB/s"
+    elif "node_us" in row:
+        gaps = {key[:-3].replace("_", " "): row[key] for key in row if key.endswith("_us") and row[key] is not None}
+        text += " " + ", ".join(f"{what} {us:.2f} µs" for what, us in gaps.items())
     elif row.get("us") is not None:
         text += f" {row['us']:9.1f} µs, library {row.get('library_us') or float('nan'):.1f}"
     elif "checked" in row:
         text += f" {row['checked']:9d} checked"
+    if row.get("throttle"):
+        text += f"  throttled: {', '.join(row['throttle'])}"
     if row.get("median_over_shortest", 1.0) > 1.1:
         text += f"  busy: the median took {row['median_over_shortest']:.2f} times the shortest"
     if row["ok"] is not True:

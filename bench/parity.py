@@ -40,10 +40,10 @@ class Rows:
     def __init__(self, path: Path | None):
         self.path = path
         lines = path.read_text(encoding="utf-8").splitlines() if path and path.exists() else []
-        rows = [json.loads(line) for line in lines]
+        rows = [row for line in lines if (row := whole_row(line)) is not None]
         self.all: list[dict[str, Any]] = [row for row in rows if row["ok"] is not None]
         self.names = {row["name"] for row in self.all}
-        if len(self.all) < len(rows):  # what an earlier run did not reach is this one's to say
+        if len(self.all) < len(lines):  # what an earlier run did not reach, or not write whole, is this one's to say
             path.write_text("".join(json.dumps(row) + "\n" for row in self.all), encoding="utf-8")
 
     def add(self, name: str, ok: bool | None, why: str | None, **figures: Any) -> None:
@@ -55,6 +55,14 @@ class Rows:
                 file.write(json.dumps(row, default=str) + "\n")
         if ok is not True:
             print(f"{'WRONG' if ok is False else 'not run'}: {name}: {why}", flush=True)
+
+
+def whole_row(line: str) -> dict[str, Any] | None:
+    """A row; None of a line that was cut off as it was written."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 CHUNK = 200

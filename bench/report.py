@@ -15,7 +15,7 @@ from typing import Any
 
 from bench import record
 from bench.pages import page
-from bench.pages.records import DEFAULT_PRESET, Record, newest, records, significant
+from bench.pages.records import DEFAULT_PRESET, Record, newest, over_best_noisy, records, significant
 from dcgan.errors import InputError, RunError, run_command
 from dcgan.flags import Parser
 
@@ -60,6 +60,8 @@ def line(entry: Record, batch: int, figures: dict[str, Any], root: Path) -> str:
     over_best = cell("over_best_peer", "×")
     if figures.get("best_peer"):
         over_best += f" ({figures['best_peer']})"
+    if over_best_noisy(figures):
+        over_best += " (noisy)"
     over_example = cell("over_example", "×") + (" (noisy)" if figures.get("noisy") else "")
     where = entry.folder.relative_to(root) if entry.folder.is_relative_to(root) else entry.folder
     step = cell("step_ms", " ms") + (f" ({figures['ours']})" if figures.get("ours") else "")

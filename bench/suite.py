@@ -16,63 +16,22 @@ import json
 import math
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
-from bench import ops, profile, quality, record, stages
+from bench import ops, quality, record, stages
 from bench.group import Bench, Plan, one_line
 from bench.overview import table
-from bench.peers import ladder
-from bench.peers.ladder import Rung
+from bench.stages import layers, steps, tutorial
 from bench.telemetry import Telemetry
-from bench.trace import measure_counters, words
-from bench.verify import tolerance_class
 from dcgan.arch import PRESETS
-from dcgan.config import fast_bf16
 from dcgan.errors import InputError, RunError, run_command
 from dcgan.flags import Parser
-
-
-def profile_stage(bench: Bench, seconds: float) -> None:
-    """The fused step's layers beside their floors, and its operations."""
-    if bench.measured is None:
-        bench.emit("profile", "floors", None, "no ceilings were measured: add the stage ceilings")
-        return
-    plan = bench.plan
-    rung, images = Rung("bf16" if fast_bf16(plan.device) else "fp32", ours="fused"), plan.peer_batches[0]
-    runner = ladder.build(rung, plan.arch, ladder.weights(plan.arch), plan.device, images)
-    machine = bench.measured.of(tolerance_class(rung.precision, plan.device))
-    found = profile.profile(runner, plan.arch, images, plan.device, machine, 2, bench.out / "trace.json")
-    (bench.out / "profile.txt").write_text(f"{rung.name}, batch {images}\n{profile.text(found)}")
-    for row in found.layers:
-        bench.emit("profile", row["name"], True, batch=images, rung=rung.name, ms=row["ms"], floor_ms=row["floor_ms"])
-    if plan.device.type != "cuda":
-        return
-    seen = profile.captured(rung, plan.arch, images, plan.device, bench.out / "trace.json")  # the one to keep
-    if seen is None:
-        bench.emit("profile", "captured step", None, "the profiler saw no kernels of the device")
-    else:
-        facts = {name: value for name, value in asdict(seen).items() if not isinstance(value, dict)}
-        waits, allocations = sum(seen.waits.values()), sum(seen.allocations.values())
-        bench.emit("profile", "captured step", True, batch=images, waits=waits, allocations=allocations, **facts)
-        with (bench.out / "profile.txt").open("a") as file:
-            file.write(f"\nthe captured step: {words(seen)}\n")
-    try:
-        size = ["--batch-size", str(images), "--precision", rung.precision]  # of the preset dcgan64
-        rows = measure_counters([*size, "--once"], max(seconds, 60.0))
-    except ValueError as error:
-        bench.emit("profile", "counters", None, str(error))
-        return
-    with (bench.out / "profile.txt").open("a") as file:
-        file.write("\n" + profile.counted_text(rows))
-    for row in rows:
-        bench.emit("profile", f"counters/{row.pop('name')[:80]}", True, batch=images, **row)
-
 
 STAGES: dict[str, tuple[Callable[[Bench, float], None], float]] = {
     "parity": (stages.parity, 3.0),
@@ -80,8 +39,8 @@ STAGES: dict[str, tuple[Callable[[Bench, float], None], float]] = {
     "ceilings": (stages.measure_ceilings, 0.5),
     "peers": (stages.peers, 8.0),
     "ops": (ops.ops, 2.0),
-    "step": (stages.step, 2.0),
-    "profile": (profile_stage, 0.5),
+    "step": (steps.step, 3.0),
+    "profile": (layers.profile_step, 1.0),
     "tune": (stages.tune, 8.0),
     "quality": (quality.quality, 2.0),
 }
@@ -92,6 +51,9 @@ BY_NAME = ("tune",)
 
 MINUTES = {True: 3.5, False: 10.0}
 """What `--quick` and its absence are given where `--minutes` does not say."""
+
+
+DATE = "%Y-%m-%dT%H:%M:%SZ"
 
 
 def file_hashes(root: Path = record.ROOT) -> dict[str, str]:
@@ -106,7 +68,11 @@ def newest(results: Path) -> tuple[Path, dict] | None:
     for path in sorted((results / record.machine()).glob("*/env.json")):
         if not (path.parent / "summary.json").exists():
             continue  # of something else than speed
-        environment = json.loads(path.read_text())
+        try:
+            environment = json.loads(path.read_text())
+            datetime.strptime(environment["date"], DATE)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # no record: `bench.report` names it
         found.append((environment["date"], path.parent, environment))
     return max(found, key=lambda entry: entry[:2])[1:] if found else None
 
@@ -117,7 +83,7 @@ def staleness(results: Path, now: datetime | None = None) -> str:
     if entry is None:
         return f"no record of {record.machine()} yet"
     folder, environment = entry
-    then = datetime.strptime(environment["date"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+    then = datetime.strptime(environment["date"], DATE).replace(tzinfo=UTC)
     age = f"{record.machine()}: newest record {folder.name} is {((now or datetime.now(UTC)) - then).days} days old"
     before, after = environment.get("kernel_files"), file_hashes()
     if before is None:
@@ -164,6 +130,7 @@ def run(out: Path, plan: Plan, only: list[str], minutes: float, commit: str | No
         "telemetry": bench.telemetry.read(),
     }
     write_json(out / "env.json", environment)
+    bench.save = lambda: finish(out, environment, bench.summary, writer.rows)
     try:
         for place, stage in enumerate(only):
             left = minutes * 60 - (time.monotonic() - began)
@@ -176,9 +143,9 @@ def run(out: Path, plan: Plan, only: list[str], minutes: float, commit: str | No
                 STAGES[stage][0](bench, seconds)
             except Exception as error:  # what was measured before and what comes after must not be lost
                 writer.emit(stage, stage, False, one_line(error))
-            finish(out, environment, bench.summary, writer.rows)
+            bench.save()
     finally:
-        finish(out, environment, bench.summary, writer.rows)
+        bench.save()
         bench.telemetry.close()
     return writer.rows
 
@@ -216,19 +183,24 @@ def plan_of(args: argparse.Namespace) -> Plan:
     """What the command line asks for, or the device's own."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = device.type == "cuda"
-    steps = (16, 64, 128, 256, 512, 1024, 2048) if gpu else (16, 64)
+    over = (32, 64, 128, 256, 512, 1024, 2048, 4096) if gpu else (16, 64)
     peers = (128, 1024) if gpu else (64,)
     if args.quick and gpu:
-        steps, peers = (128, 1024), (128,)
+        over, peers = (128, 1024), (128,)
     batches = tuple(args.batch) if args.batch else None
+    whole = gpu and not args.quick
     return Plan(
         PRESETS[args.preset].arch,
         device,
         batches or peers,
-        batches or steps,
+        batches or over,
         rounds=5 if args.quick else 15,
         compile=args.compile or gpu,
-        energy=gpu and not args.quick,
+        energy=whole,
+        sizes=(32, 64, 128, 256) if whole else (),
+        widths=(64, 128, 256) if whole else (),
+        ablated=(batches or peers) if whole else (),
+        pictures=tutorial.PICTURES if whole else 0,
     )
 
 
@@ -243,19 +215,24 @@ def command() -> int:
     parser.add_argument("--batch", type=int, action="append", help="images a step; may be repeated (the device's own)")
     parser.add_argument("--compile", action="store_true", help="the rungs that compile, on a CPU too")
     args = parser.parse_args()
-    only = args.only.split(",") if args.only else [name for name in STAGES if name not in BY_NAME]
+    only = args.only.split(",") if args.only is not None else [name for name in STAGES if name not in BY_NAME]
     for name in only:
         if name not in STAGES:
             raise InputError(f"--only {args.only}: {name!r} is no stage; accepted are {', '.join(STAGES)}")
     minutes = MINUTES[args.quick] if args.minutes is None else args.minutes
-    if not minutes > 0:
-        raise InputError(f"--minutes {minutes:g}: it must be positive")
+    if not 0 < minutes < math.inf:
+        raise InputError(f"--minutes {minutes:g}: it must be positive, and finite")
     if args.batch and min(args.batch) < 1:
         raise InputError(f"--batch {min(args.batch)}: it must be at least 1")
     if args.out.exists() and not args.out.is_dir():
         raise InputError(f"--out {args.out}: it is a file; give a folder")
     if (args.out / "rows.jsonl").exists():
         raise InputError(f"--out {args.out}: it holds a record already; records are append-only, give another folder")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()
+    except OSError as error:
+        raise InputError(f"--out {args.out} cannot be written: {error.strerror or error}") from None
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     torch.backends.cudnn.benchmark = True  # as the example sets it
     print(staleness(record.RESULTS), flush=True)

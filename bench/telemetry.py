@@ -4,6 +4,7 @@ Through NVML (`pynvml`). Where there is no GPU, no library, or no permission, a 
 it, so that a record never reads as if something had been looked at that was not.
 """
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -31,6 +32,10 @@ FIELDS = (
     "temperature_c",
     "throttle",
 )
+
+
+LOAD_MS, MOST_CALLS = 50.0, 200
+"""How much work to queue for a look at the clocks under load; NVML's own power is an average over about a second."""
 
 
 class Telemetry:
@@ -92,6 +97,17 @@ class Telemetry:
         missing: dict[str, str] = {}
         found = {field: self._ask(missing, field, questions[field]) for field in FIELDS}
         return found | {"missing": missing}
+
+    def under_load(self, call: Callable[[], object], ms: float) -> dict[str, Any]:
+        """`read` while calls of `ms` milliseconds each are queued, for as long as `LOAD_MS`: the clocks of an idle GPU
+        say nothing of its busy ones. Empty where there are no readings at all."""
+        if self.why:
+            return {}
+        for _ in range(min(math.ceil(LOAD_MS / max(ms, 1e-6)), MOST_CALLS)):
+            call()
+        found = self.read()
+        torch.cuda.synchronize(self.device)
+        return found
 
     def energy_j(self) -> tuple[float | None, str | None]:
         """Joules since the driver was loaded; or None and why."""

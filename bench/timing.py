@@ -27,6 +27,12 @@ SHORTEST_MS = 5.0
 MOST_CALLS = 200
 
 
+def one_line(error: BaseException) -> str:
+    """The error as a row's reason: its first line that says something, at most 200 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+
+
 def quantile(values: list[float], q: float) -> float:
     """The `q` quantile (0 to 1) of `values`, interpolated between neighbours.
 

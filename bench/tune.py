@@ -34,9 +34,18 @@ from bench.subjects.problems import Read, Use
 from bench.timing import cold_ms, interleave
 from bench.tuning import inputs
 from bench.tuning.choices import Entry, best, entries, in_use, reads
-from bench.tuning.lab import DeviceLab, Shape, arch_of_device, compile_fault, launches_of, run_fault, shapes
+from bench.tuning.lab import (
+    DeviceLab,
+    Shape,
+    arch_of_device,
+    compile_fault,
+    extension_serves,
+    launches_of,
+    run_fault,
+    shapes,
+)
 from bench.tuning.precompile import Compiler
-from bench.tuning.search import LIBRARY, Choice, Journal, Table, search
+from bench.tuning.search import EXTENSION, LIBRARY, Choice, Journal, Table, search
 from dcgan.arch import PRESETS, Arch
 from dcgan.errors import InputError, RunError, run_command
 from dcgan.flags import Parser
@@ -96,13 +105,15 @@ class Tuner:
 
     def one(self, shape: Shape, tiles: dict[str, Any], faults: dict[str, str]) -> Choice:
         p = shape.problem
-        choice = search(list(tiles), DeviceLab(shape, tiles, self.device, self.journal), faults)
+        others = (LIBRARY, EXTENSION) if extension_serves(shape, self.device) else (LIBRARY,)
+        choice = search(list(tiles), DeviceLab(shape, tiles, self.device, self.journal), faults, others)
         if choice.recipe is None:
             self.say(f"{shape.name}: nothing is right, of {len(tiles)}: {next(iter(choice.rejected.values()))}")
             return choice
         self.table.put_tile(p.kernel, p.key, p.precision, p.images, choice, tiles.get(choice.recipe))
-        library = f", library {choice.library_us:.1f} µs" if choice.library_us else ""
-        tile = f" {tiles[choice.recipe]}" if choice.recipe != LIBRARY else ""
+        beside = {LIBRARY: choice.library_us, EXTENSION: choice.cuda_us}
+        library = "".join(f", {name} {us:.1f} µs" for name, us in beside.items() if us)
+        tile = f" {tiles.get(choice.recipe, choice.recipe)}"
         self.say(f"{shape.name}: {choice.us:.1f} µs{library}; {choice.timed} timed, {len(choice.rejected)} not;{tile}")
         return choice
 

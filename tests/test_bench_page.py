@@ -73,7 +73,13 @@ ROWS = [
     {"suite": "peers", "name": "jax+bf16", "ok": None, "why": "JAX is <not> installed", "batch": 128},
     step("fused+bf16", 64, 0.6, "step"),
     step("example", 64, 3.5, "step"),
-    step("fused+bf16", 128, 4.0, "step", image_size=128),
+    step("fused+bf16", 128, 4.0, "step", image_size=128, group="scaling", peak_memory_bytes=2**33),
+    step("fused+bf16-merge", 128, 0.5, "step", off="merge", group="ablation", gain=1.11, gain_p20=1.1, gain_p80=1.12,
+         noisy=True, peak_memory_bytes=2**34),
+    step("fused+bf16-sums", 128, 1.3, "step", off="sums", group="ablation", gain=1.3, gain_p20=1.2, gain_p80=1.4),
+    {"suite": "step", "name": "fused+bf16-batched", "ok": False, "off": "batched", "batch": 128,
+     "why": "wrong <by> far"},
+    step("sampling/fused+bf16/b128", 128, 0.1, "step", group="sampling", peak_memory_bytes=2**35),
     {"suite": "step", "name": "fused+bf16", "ok": False, "why": "wrong", "batch": 32, "p50_ms": 0.001},
     op("conv/D3/forward/triton/bf16/b256", 400.0, 2000.0, 0.05, over_library=1.25),
     op("conv/D2/forward/cuda/bf16/b256", 300.0, 2000.0, 0.5),
@@ -187,6 +193,26 @@ def test_scaling_holds_the_other_axes(results):
     assert "By batch, at image size 64, width 64" in found and "Not measured: scaling with width." in found
 
 
+def test_what_each_part_is_worth_stands_apart_from_the_whole_step(results):
+    html = page.render(records(results))
+    found = text_of("What each part", html)
+    assert "sums 1.30 1.30× 1.20× to 1.40× merge 0.500 1.11× (noisy)" in found
+    assert "Without batched, batch 128: wrong <by> far" in found
+    memory = text_of("Peak memory", html)
+    assert "MiB" in memory and "8,192" not in memory and "merge" not in memory and "sampling" not in memory
+
+
+def test_the_headline_marks_each_ratio_that_is_noisy_and_has_the_sampling_rate(tmp_path):
+    for machine, noisy in (("a", True), ("b", False)):
+        summary = B128 | {"noisy": False, "best_peer_noisy": noisy}
+        put(tmp_path, machine, "01", [], b128=summary, sampling_images_per_s=1234567.0)
+    found = [
+        text_of("One training step", "<h3>One" + part) for part in page.render(records(tmp_path)).split("<h3>One")[1:]
+    ]
+    assert sum("1.90× (example+bf16+compile) (noisy)" in text for text in found) == 1
+    assert all("6.00× 1.90×" in text and "Sampling alone: 1,234,567 images/s." in text for text in found)
+
+
 def test_memory_energy_profile_and_samples(results):
     html = page.render(records(results))
     assert "fused+bf16: 512 MiB" in text_of("Peak memory", html)
@@ -199,7 +225,7 @@ def test_memory_energy_profile_and_samples(results):
 def test_what_was_not_measured_is_said(tmp_path):
     put(tmp_path, "abacus", "01", [{"suite": "parity", "name": "x", "ok": True}])
     html = page.render(records(tmp_path))
-    assert html.count(page.MISSING) == 8
+    assert html.count(page.MISSING) == 9
     assert "1 record of 1 machine. None of them is a GPU: this has not yet been measured on one." in html
     assert "No records yet." in page.render([])
 

@@ -333,3 +333,10 @@ def test_triton_s_kernels_in_the_interpreter(tmp_path):
 def test_noise_is_the_same_every_time():
     assert torch.equal(Noise(CPU, "bf16")(4, 4), Noise(CPU, "bf16")(4, 4))
     assert Noise(CPU, "fp16")(2).dtype == torch.float16 and Noise(CPU, "fp16").single(2).dtype == torch.float32
+
+
+def test_a_row_cut_off_as_it_was_written_is_run_again(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"name": "a", "ok": true}\n{"name": "b", "o', encoding="utf-8")
+    rows = parity.Rows(path)
+    assert rows.names == {"a"} and path.read_text(encoding="utf-8") == '{"name": "a", "ok": true}\n'

@@ -9,7 +9,7 @@ from bench import record, report
 from bench.pages import page
 from bench.pages.records import newest, records, significant
 from bench.report import BEGIN, END, faults, table, unrecorded
-from dcgan.errors import InputError, run_command
+from dcgan.errors import run_command
 
 README = f"# A title\n\n{BEGIN}\n{END}\n\nImages of 64×64, 128 filters, 9/16 of the multiplications.\n"
 B64 = {
@@ -61,7 +61,8 @@ def test_a_line_a_batch_of_each_machines_newest_record_of_the_step(results):
     lines = table(records(results), results).splitlines()
     assert [entry.folder.name for entry in newest(records(results))] == ["2026-01-02_step", "2026-01-01_step"]
     assert len([text for text in lines if text.startswith("|")]) == 2 + 3
-    assert lines[2].startswith("| Abacus, 2 threads | 16 |") and "(noisy)" in lines[2]
+    assert lines[2].startswith("| Abacus, 2 threads | 16 |")
+    assert "| 2.23× (noisy) | 1.31× (example+bf16) (noisy) |" in lines[2] and "(noisy)" not in lines[3]
     assert "| 64 | 412 ms (fused) | 155 | 41% | 2.23× | 1.31× (example+bf16) | – |" in lines[3]
     assert (
         "| Big GPU | 128, paper | 0.712 ms (fused) |" in lines[4]
@@ -131,10 +132,34 @@ def test_no_records_no_table(tmp_path):
     assert table(records(tmp_path)) == "" and faults(README, "README.md", []) == []
 
 
-def test_a_broken_record_is_named(results):
-    (results / "abacus/2026-01-02_step/env.json").write_text("{")
-    with pytest.raises(InputError, match="2026-01-02_step: not a record"):
-        records(results)
+@pytest.mark.parametrize(("noisy", "best", "marks"), [(True, False, 1), (False, True, 1), (True, None, 2)])
+def test_each_ratio_has_its_own_mark(tmp_path, noisy, best, marks):
+    put(tmp_path, "abacus", "01", b64=B64 | {"noisy": noisy, "best_peer_noisy": best})
+    (text,) = [text for text in table(records(tmp_path), tmp_path).splitlines() if "| 64 |" in text]
+    assert text.count("(noisy)") == marks
+    assert ("(example+bf16) (noisy)" in text) == (best is not False)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("env.json", "{", "JSONDecodeError"),
+        ("env.json", None, "env.json"),
+        ("env.json", "[]", "must be an object"),
+        ("env.json", '{"cpu": "x", "threads": 2}', "'date'"),
+        ("env.json", '{"cpu": "x", "threads": 2, "date": 5}', "date is 5"),
+        ("rows.jsonl", '{"suite": "peers"}\n{"suite": "st', "line 2 of rows.jsonl"),
+        ("rows.jsonl", "17\n", "must be an object"),
+        ("rows.jsonl", None, "rows.jsonl"),
+        ("summary.json", "[1]", "must be an object"),
+    ],
+)
+def test_a_broken_record_is_one_line_that_names_it(results, monkeypatch, capsys, name, content, named):
+    path = results / "abacus/2026-01-02_step" / name
+    path.unlink() if content is None else path.write_text(content)
+    monkeypatch.setattr(sys, "argv", ["report", "--results", str(results), "--check"])
+    code, error = run_command(report.command), capsys.readouterr().err
+    assert code == 2 and error.count("\n") == 1 and "2026-01-02_step: not a record" in error and named in error
 
 
 def test_the_readme_says_what_the_records_say():

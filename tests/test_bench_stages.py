@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import stages, suite
+from bench import ceilings, stages, suite
 from bench.group import Bench, Plan
 from bench.overview import table
+from bench.peers import ladder
+from bench.stages import layers
 from bench.telemetry import Telemetry
 from dcgan.arch import PRESETS, Arch
 
@@ -144,3 +146,21 @@ def test_the_table_has_one_line_for_the_recipes_of_an_op_and_one_for_what_failed
     assert len(lines) == 5 and "conv/D2/forward/bf16/b8" in lines[-1]
     assert lines[-1].endswith("triton 10.0, library 20.0 µs; floor 0.60")
     assert "failed: y 7" in lines[1] and "12.0 µs, library 15.0" in lines[2] and "12 checked" in lines[3]
+
+
+def test_the_best_peer_s_kernels_are_beside_ours_and_a_peer_that_fails_is_a_row(tmp_path, monkeypatch):
+    """What a GPU's profile adds, here of a CPU's operations."""
+    rows = []
+    bench = Bench(PLAN, tmp_path, lambda *row, **figures: rows.append((*row, figures)), Telemetry("cpu"))
+    bench.measured, bench.summary["b4"] = (
+        ceilings.Measured({"bf16": 1.0, "fp32": 1.0}, 1.0),
+        {"best_peer": "example+bf16"},
+    )
+    layers.profile_peers(bench, 4)
+    assert [row[:3] for row in rows] == [("profile", f"kernels/{name}", True) for name in ("example", "example+bf16")]
+    assert all(row[-1]["kernels"] > 50 and row[-1]["kernels_ms"] > 0 for row in rows)
+    assert "example+bf16, batch 4, " in (tmp_path / "profile.txt").read_text()
+    bench.summary["b4"]["best_peer"] = "example+graph"
+    monkeypatch.setattr(ladder, "Graphed", None)
+    layers.profile_peers(bench, 4)
+    assert rows[-1][1:3] == ("kernels/example+graph", None) and "TypeError" in rows[-1][3]

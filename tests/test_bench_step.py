@@ -43,6 +43,25 @@ def test_a_row_has_quantiles_images_a_second_and_its_part_of_the_floor():
     assert info["p50_ms"] == pytest.approx(200) and info["images_per_s"] == pytest.approx(20)
     assert info["p20_ms"] == pytest.approx(1e3 * timing.quantile([0.1, 0.2, 0.3], 0.2))
     assert 0 < info["roofline"] < 1e-2
+    work = bench_step.floor(list(bench_step.step_kernels(ARCH, IMAGES)))
+    assert info["tflops"] == pytest.approx(work.gflop / 200) and info["gbps"] == pytest.approx(work.mbytes / 200)
+    assert "sm_clock_mhz" not in info, "a CPU has no NVML"
+
+
+def test_a_row_has_the_clocks_under_load(monkeypatch):
+    loads = []
+
+    def under_load(step, ms):
+        loads.append(ms)
+        return {"sm_clock_mhz": 1980, "throttle": ["heat"]}
+
+    card = SimpleNamespace(under_load=under_load, joules_per_image=lambda *_, **__: (0.25, None))
+    monkeypatch.setattr(bench_step, "telemetry", lambda device: card)
+    fixture = Fixture([0.1] * 3)
+    measure(fixture, FUSED, ARCH, IMAGES, CPU)
+    info = fixture.extra_info
+    assert (info["sm_clock_mhz"], info["throttle"], info["joules_per_image"]) == (1980, ["heat"], 0.25)
+    assert loads == [pytest.approx(100)]
 
 
 def test_a_disabled_benchmark_runs_once_untimed():
@@ -85,7 +104,7 @@ def test_the_whole_grid_is_asked_for_by_the_environment(monkeypatch):
     every = list(bench_step.points())
     assert {images for _, arch, images in every if arch == bench_step.BASE} >= {32, 4096}
     assert {arch.image_size for _, arch, _ in every} == {32, 64, 128, 256}
-    assert {arch.ngf for _, arch, _ in every} == {32, 64, 128} and len(few) < len(every)
+    assert {arch.ngf for _, arch, _ in every} == {32, 64, 128, 256} and len(few) < len(every)
     assert bench_step.row_id(FUSED, Arch(image_size=256), 8) == "fused-256px-f64-b8"
 
 

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 import pytest
 import torch
 
-from bench import ceilings, profile, record, suite
+from bench import ceilings, profile, record, stages, suite
 from bench.group import Bench, Group, Plan
 from bench.peers import ladder
 from bench.peers.ladder import Rung
@@ -71,6 +71,8 @@ def test_the_summary_has_the_issues_keys_and_comes_from_the_rows(ran):
     assert found["step_ms"] == row["p50_ms"] and found["over_example"] == row["over_example"]
     assert found["best_peer"].startswith("example") and found["over_best_peer"] > 0
     assert found["roofline"] == row["roofline"] and found["peak_memory_over_example"] is None
+    fused = [row for row in rows if row["name"].startswith("sampling/fused") and row["ok"]]
+    assert summary["sampling_images_per_s"] == max(row["images_per_s"] for row in fused)
     assert summary["b2"]["best_peer"] is None and summary["b2"]["over_example"] > 0
 
 
@@ -119,7 +121,7 @@ def test_a_wrong_rung_fails_its_row_and_the_rest_goes_on(tmp_path, monkeypatch):
 def test_where_the_example_has_no_such_network_ours_stand_alone(tmp_path):
     plan = replace(PLAN, arch=Arch(image_size=28, channels=1, nz=6, ngf=8, ndf=8), step_batches=(2,))
     rows = suite.run(tmp_path / "out", plan, ["ceilings", "peers", "step"], minutes=30.0)
-    ran = {row["name"] for row in rows if row["suite"] != "ceilings" and row["ok"]}
+    ran = {row["name"] for row in rows if row["suite"] != "ceilings" and row["ok"] and row["group"] != "sampling"}
     assert ran == {"reference", "reference+bf16", "fused", "fused+bf16"}
     assert all("7×7" in row["why"] for row in rows if row["name"].startswith("example") and "graph" not in row["name"])
     summary = read(tmp_path / "out", "summary.json")["b4"]
@@ -186,6 +188,9 @@ def command(monkeypatch, capsys, *arguments):
         (("--only", "peers,speed"), "'speed' is no stage"),
         (("--minutes", "0"), "--minutes 0"),
         (("--minutes", "nan"), "--minutes nan"),
+        (("--minutes", "inf"), "--minutes inf"),
+        (("--only", "nonsense"), "'nonsense' is no stage"),
+        (("--only", ""), "'' is no stage"),
         (("--batch", "0"), "--batch 0"),
         (("--preset", "huge"), "huge"),
     ],
@@ -203,6 +208,36 @@ def test_a_record_is_never_written_over(tmp_path, monkeypatch, capsys):
     assert code == 2 and "append-only" in error and (tmp_path / "rows.jsonl").read_text() == "kept\n"
     code, error = command(monkeypatch, capsys, "--out", tmp_path / "rows.jsonl")
     assert code == 2 and "it is a file" in error
+
+
+def test_a_folder_that_cannot_be_made_or_written_is_said_before_anything_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(suite, "run", None)
+    (tmp_path / "file").write_text("")
+    code, error = command(monkeypatch, capsys, "--out", tmp_path / "file/below")
+    assert code == 2 and error.count("\n") == 1 and "file/below cannot be written" in error
+
+    def forbidden(dir):
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr(suite.tempfile, "TemporaryFile", forbidden)
+    code, error = command(monkeypatch, capsys, "--out", tmp_path / "out")
+    assert code == 2 and error.count("\n") == 1 and "out cannot be written: Permission denied" in error
+
+
+def test_a_folder_that_holds_other_files_is_taken(tmp_path, monkeypatch, capsys):
+    (tmp_path / "notes.txt").write_text("kept")
+    monkeypatch.setattr(suite, "run", lambda *_: [])
+    assert command(monkeypatch, capsys, "--out", tmp_path)[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_the_summary_is_on_disk_as_soon_as_a_group_is_measured(tmp_path, monkeypatch):
+    """Whatever kills the process between two groups, and asks nobody."""
+    seen = []
+    out = tmp_path / "out"
+    monkeypatch.setattr(stages, "jax", lambda *_: seen.append(read(out, "summary.json")["b4"]["ours"]))
+    suite.run(out, PLAN, ["peers"], minutes=30.0)
+    assert seen and seen[0].startswith("fused")
 
 
 def test_something_of_ours_that_is_wrong_is_exit_code_3(tmp_path, monkeypatch, capsys):
@@ -232,7 +267,7 @@ def test_staleness_names_the_sources_that_changed(tmp_path, monkeypatch):
     now = datetime(2026, 1, 13, tzinfo=UTC)
     line = suite.staleness(tmp_path, now)
     assert line == "abacus: newest record 2026-01-03_step is 10 days old; kernel sources changed since: dcgan/step.py"
-    (folder / "env.json").unlink()
+    (folder / "env.json").write_text("{")  # a record that cannot be read is bench.report's to name
     assert "changed, which ones that record does not say" in suite.staleness(tmp_path, now)
 
 

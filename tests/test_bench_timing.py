@@ -130,3 +130,12 @@ def test_energy_is_divided_by_the_images_that_ran(gpu):
     steps = []
     joules, why = Telemetry("cuda").joules_per_image(lambda: steps.append(time.sleep(0.001)), 4, seconds=0.02)
     assert why is None and joules == pytest.approx(5.0 / (4 * len(steps)))
+
+
+def test_clocks_are_read_while_work_is_queued(gpu, monkeypatch):
+    events = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: events.append("wait"))
+    monkeypatch.setattr(gpu, "nvmlDeviceGetTemperature", lambda *_: events.append("read") or 41)
+    found = Telemetry("cuda").under_load(lambda: events.append("step"), ms=10.0)
+    assert found["temperature_c"] == 41 and events == ["step"] * 5 + ["read", "wait"]
+    assert Telemetry("cpu").under_load(lambda: events.append("more"), ms=10.0) == {} and "more" not in events

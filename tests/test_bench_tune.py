@@ -58,6 +58,16 @@ def test_the_library_wins_where_it_is_faster_and_what_may_not_ship_is_not_even_r
     assert choice.rejected == {"spills": "spills 8 bytes a thread"}
 
 
+def test_the_extension_competes_where_it_is_named(tmp_path):
+    bench = FakeLab({"default": 9.0, "cuda": 3.0, "library": 7.0})
+    choice = search.search(["default"], bench, others=("library", "cuda"))
+    assert (choice.recipe, choice.us, choice.library_us, choice.cuda_us) == ("cuda", 3.0, 7.0, 3.0)
+    table = search.Table(tmp_path / "t.json", {"device": "GPU"}, "sources")
+    entry = table.put_tile("conv", "3x64@64", "bf16", 256, choice, None)
+    assert entry["recipe"] == "cuda" and "tile" not in entry
+    assert tuning.parse(table.data | {"device": "GPU"}, "GPU").tiles["conv", "bf16"][0].recipe == "cuda"
+
+
 def test_nothing_right_is_no_choice():
     bench = FakeLab({"default": 1.0, "library": 1.0}, wrong={"default", "library"})
     assert search.search(["default"], bench).recipe is None and not bench.timed

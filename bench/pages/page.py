@@ -57,6 +57,7 @@ def machine(entries: list[Record]) -> str:
     parts = [
         ("One training step", sections.headline(entries)),
         ("The ladder: what each addition to PyTorch's example gains", sections.ladder(entries)),
+        ("What each part of the fused step is worth", sections.ablation(entries)),
         ("Single kernels under the roofline", charts.roofline(entries)),
         ("Scaling", charts.scaling(entries)),
         ("Peak memory of a step", sections.quantity(entries, "peak_memory_bytes", 2**-20, "MiB")),

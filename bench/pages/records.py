@@ -53,19 +53,41 @@ def records(results: Path) -> list[Record]:
     Raises:
         InputError: a record that cannot be read.
     """
-    found = []
-    for path in sorted(results.glob("*/*/env.json")):
-        try:
-            environment = json.loads(path.read_text())
-            summary = path.with_name("summary.json")
-            lines = path.with_name("rows.jsonl").read_text().splitlines()
-            rows = [json.loads(line) for line in lines]
-            environment["date"], environment["cpu"], environment["threads"]
-            summary = json.loads(summary.read_text()) if summary.exists() else {}
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{path.parent}: not a record ({type(error).__name__}: {error})") from error
-        found.append(Record(path.parent, environment, summary, rows))
-    return sorted(found, key=lambda entry: (entry.folder.parent.name, entry.environment["date"], entry.folder.name))
+    folders = {path.parent for name in ("env.json", "rows.jsonl") for path in results.glob(f"*/*/{name}")}
+    return sorted(map(read, folders), key=lambda r: (r.folder.parent.name, r.environment["date"], r.folder.name))
+
+
+def read(folder: Path) -> Record:
+    """One record.
+
+    Raises:
+        InputError: as `records`.
+    """
+    try:
+        environment = json.loads((folder / "env.json").read_text())
+        summary = folder / "summary.json"
+        summary = json.loads(summary.read_text()) if summary.exists() else {}
+        rows = []
+        for number, line in enumerate((folder / "rows.jsonl").read_text().splitlines(), 1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"line {number} of rows.jsonl: {error}") from None
+        if not all(isinstance(part, dict) for part in (environment, summary, *rows)):
+            raise ValueError("env.json, summary.json and each line of rows.jsonl must be an object")
+        for key, kind in (("date", str), ("cpu", str), ("threads", int)):
+            if not isinstance(environment[key], kind):
+                raise ValueError(f"env.json: {key} is {environment[key]!r}")
+    except (OSError, ValueError, KeyError, RecursionError) as error:
+        raise InputError(f"{folder}: not a record ({type(error).__name__}: {error})") from error
+    return Record(folder, environment, summary, rows)
+
+
+def over_best_noisy(figures: dict[str, Any]) -> bool:
+    """Whether a batch's `over_best_peer` is of a machine too noisy to tell; where a record has no verdict on that
+    ratio, the one on the ratio to the example, which was taken in the same rounds."""
+    known = figures.get("best_peer_noisy")
+    return figures.get("over_best_peer") is not None and bool(figures.get("noisy") if known is None else known)
 
 
 def newest(found: list[Record]) -> list[Record]:

@@ -5,7 +5,7 @@ from html import escape
 from typing import Any
 
 from bench.pages import plots
-from bench.pages.records import Record, significant
+from bench.pages.records import Record, over_best_noisy, significant
 from bench.samples.judge import MEASURES
 from dcgan.curves import number
 
@@ -38,9 +38,10 @@ def latest(entries: list[Record], wanted: Callable[[Row], bool]) -> tuple[Record
 
 
 def timed(row: Row) -> bool:
-    """Whether a row is of a whole step, verified and timed."""
+    """Whether a row is of a whole step, nothing of it turned off, verified and timed."""
     figures = (number(row.get(key)) for key in ("batch", "p50_ms"))
-    return row.get("suite") in ("peers", "step") and row.get("ok") is True and all(figures)
+    step = row.get("suite") in ("peers", "step") and row.get("group") != "sampling" and not row.get("off")
+    return step and row.get("ok") is True and all(figures)
 
 
 def cell(value: object, form: Callable[[float], str] = significant) -> str:
@@ -67,10 +68,13 @@ def headline(entries: list[Record]) -> str:
         peer = f" ({escape(figures['best_peer'])})" if figures.get("best_peer") else ""
         cells = [str(batch), cell(figures.get("step_ms")), cell(figures.get("images_per_s"))]
         cells += [cell(figures.get("roofline"), percent), cell(figures.get("over_example"), times) + noisy]
-        cells += [cell(figures.get("over_best_peer"), times) + peer]
+        unsure = " (noisy)" if over_best_noisy(figures) else ""
+        cells += [cell(figures.get("over_best_peer"), times) + peer + unsure]
         cells += [cell(figures.get("peak_memory_over_example"), percent), escape(figures.get("ours") or "–")]
         rows.append(cells)
-    return source(entry) + plots.table(head, rows)
+    rate = number(entry.summary.get("sampling_images_per_s"))
+    samples = f"<p>Sampling alone: {significant(rate)} images/s.</p>" if rate else ""
+    return source(entry) + plots.table(head, rows) + samples
 
 
 def parts_of(name: str) -> frozenset[str]:
@@ -125,9 +129,35 @@ def ladder(entries: list[Record]) -> str:
     return "\n".join(text)
 
 
+def ablation(entries: list[Record]) -> str:
+    """What each part of the fused step saves: a table a batch of the step with it turned off."""
+    found = latest(entries, lambda row: bool(row.get("off")) and number(row.get("gain")) is not None)
+    if found is None:
+        return ""
+    entry, rows = found
+    text = [source(entry)]
+    for batch in sorted({row["batch"] for row in rows}):
+        here = sorted((row for row in rows if row["batch"] == batch), key=lambda row: -row["gain"])
+        lines = []
+        for row in here:
+            spread = f"{cell(row.get('gain_p20'), times)} to {cell(row.get('gain_p80'), times)}"
+            noisy = " (noisy)" if row.get("noisy") else ""
+            lines.append([escape(row["off"]), cell(row["p50_ms"]), cell(row["gain"], times) + noisy, spread])
+        text.append(plots.table(("without", "p50, ms", "times as long", "p20 to p80"), lines, f"batch {batch}"))
+    others = [row for row in entry.rows if row.get("off") and row.get("ok") is not True]
+    text += [
+        f"<p>Without {escape(row['off'])}, batch {row['batch']}: {escape(str(row.get('why')))}</p>" for row in others
+    ]
+    return "\n".join(text)
+
+
 def quantity(entries: list[Record], key: str, factor: float, unit: str) -> str:
     """A figure of whole steps, as bars, a table a batch."""
-    found = latest(entries, lambda row: timed(row) and number(row.get(key)) is not None)
+
+    def wanted(row: Row) -> bool:
+        return timed(row) and row.get("group") != "scaling" and number(row.get(key)) is not None
+
+    found = latest(entries, wanted)
     if found is None:
         return ""
     entry, rows = found

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.peers import example
+from bench.peers import example, without
 from dcgan.arch import Arch
 from dcgan.fused import FusedStep
 from dcgan.model import Discriminator, Generator
@@ -32,7 +32,8 @@ COMPILE_SECONDS = {"default": 30.0, "max-autotune": 90.0}
 
 @dataclass(frozen=True)
 class Rung:
-    """One way to run the step. See the module's table; `ours` is empty, `reference` or `fused`."""
+    """One way to run the step. See the module's table; `ours` is empty, `reference` or `fused`; `off` is a part of the
+    fused step that is turned off, of `bench.peers.without`."""
 
     precision: str = "fp32"
     channels_last: bool = False
@@ -40,14 +41,15 @@ class Rung:
     frozen: bool = False
     graph: bool = False
     ours: str = ""
+    off: str = ""
 
     @property
     def name(self) -> str:
-        """Such as `example+bf16+channels_last` or `fused+bf16`."""
+        """Such as `example+bf16+channels_last`, `fused+bf16`, or `fused+bf16+graph-merge` for a part turned off."""
         parts = [self.ours or "example", "bf16" if self.precision == "bf16" else ""]
         parts += ["channels_last" if self.channels_last else "", {"default": "compile"}.get(self.compile, self.compile)]
         parts += ["frozen" if self.frozen else "", "graph" if self.graph else ""]
-        return "+".join(part for part in parts if part)
+        return "+".join(part for part in parts if part) + (f"-{self.off}" if self.off else "")
 
     def images(self, real: Tensor) -> Tensor:
         """`real` as this rung's data loader would deliver it."""
@@ -72,8 +74,11 @@ RUNGS = (
     Rung("bf16", ours="fused", graph=True),
     Rung(**BEST, compile="default", frozen=True, graph=True),
     Rung(**BEST, compile="max-autotune", frozen=True, graph=True),
+    Rung(**BEST, compile="default", frozen=True),
+    Rung(**BEST, compile="max-autotune", frozen=True),
     Rung(**BEST, compile="default"),
     Rung(**BEST, compile="max-autotune"),
+    Rung(compile="default"),
 )
 """Those that compile come last: they take minutes, and the others are written by then."""
 
@@ -84,6 +89,8 @@ def unavailable(rung: Rung, arch: Arch, device: torch.device) -> str | None:
     """Why `rung` cannot run here; None where it can be tried."""
     if rung.graph and device.type != "cuda":
         return f"a CUDA graph needs a GPU; the device is {device.type}"
+    if rung.off and device.type != "cuda":
+        return f"only the step over the GPU's launchers has such parts; the device is {device.type}"
     if rung.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
         return f"{torch.cuda.get_device_name(device)} has no bf16"
     if not rung.ours and arch.start != 4:
@@ -257,7 +264,9 @@ def _ours(rung: Rung, arch: Arch, state: tuple[dict, dict], device: torch.device
         g, d = g.to(memory_format=torch.channels_last), d.to(memory_format=torch.channels_last)
     optimizers = tuple(capturable_adam(m) if rung.graph else adam(m, fused=fused) for m in (g, d))
     step = (FusedStep if fused else ReferenceStep)(g, d, *optimizers, precision=rung.precision)
-    if rung.graph:
+    if rung.off in without.OFF:
+        without.OFF[rung.off](step)
+    if rung.graph and rung.off != without.GRAPH:
         step = Graphed(step, (g, d), optimizers, *batches(arch, images, device, 1)[0])
     return Runner(rung, (g, d), optimizers, step)
 

@@ -55,7 +55,7 @@ def candidates(problem: Problem, arch: int, most: int = 36) -> list[Config]:
     likely: dict[bool, list[Config]] = {True: [], False: []}
     shapes: dict[tuple[int, int, bool], int] = {}
     for config in sorted(found, key=lambda c: (expected(problem, c, arch), abs(c.stages - 4))):
-        shape = (config.rows, config.columns, config.tma)
+        shape = (config.rows, config.columns * getattr(config, "taps", 1), config.tma)
         shapes[shape] = shapes.get(shape, 0) + 1
         if config != own and shapes[shape] <= VARIANTS:
             likely[config.tma].append(config)
@@ -68,13 +68,14 @@ def expected(problem: Problem, c: Config, arch: int) -> float:
     p = problem
     if isinstance(c, WgradConfig):
         flat = not c.tma and p.out < FLAT_CHANNELS
-        tiles = c.split * cdiv(p.into, c.rows) * (cdiv(16 * p.out, c.columns) if flat else 16 * cdiv(p.out, c.columns))
+        across = cdiv(16 * p.out, c.columns) if flat else 16 // c.taps * cdiv(p.out, c.columns)
+        tiles, wide = c.split * cdiv(p.into, c.rows) * across, c.columns * c.taps
         length = boxes((c.images, c.height, c.width), p.images, p.low, p.low) * c.depth / c.split
     else:
-        tiles = conv_programs(p, (c.images, c.height, c.width), c.columns)
+        tiles, wide = conv_programs(p, (c.images, c.height, c.width), c.columns), c.columns
         length = p.into * (1 if is_image(p) else 16 // PHASES[p.kernel])
     waves = cdiv(tiles, SMS[arch])
-    return waves * length * max(c.rows * c.columns, LOAD * (c.rows + c.columns))
+    return waves * length * max(c.rows * wide, LOAD * (c.rows + wide))
 
 
 def default(problem: Problem, arch: int) -> Config:
@@ -144,14 +145,18 @@ def wgrad_tiles(p: Problem, arch: int) -> list[WgradConfig]:
         flat = not tma and p.out < FLAT_CHANNELS
         sides = [[n for n in (32, 64, 128, 256) if n <= max(32, power_of_two(c))] for c in
                  (p.into, 16 * p.out if flat else p.out)]  # fmt: skip
-        for rows, columns, depth, warps, stages in product(sides[0], sides[1], (32, 64, 128), warps_tried(tma), (3, 4)):
-            if not fits(rows, columns, depth, warps, stages, itemsize, arch):
+        for rows, columns, taps, depth, warps, stages in product(
+            *sides, (1,) if flat else (1, 2, 4), (32, 64, 128), warps_tried(tma), (3, 4)
+        ):
+            if not fits(rows, columns * taps, depth, warps, stages, itemsize, arch):
+                continue
+            if taps > 1 and columns < min(256 // taps, sides[1][-1]):  # more columns serve low as well, by fewer loads
                 continue
             box = pixel_box(depth, p.low, p.low)
-            tiles = cdiv(p.into, rows) * (cdiv(16 * p.out, columns) if flat else 16 * cdiv(p.out, columns))
+            tiles = cdiv(p.into, rows) * (cdiv(16 * p.out, columns) if flat else 16 // taps * cdiv(p.out, columns))
             most = max(1, boxes(box, p.images, p.low, p.low) // 4)
             splits = {max(1, min(most, round(waves * SMS[arch] / tiles))) for waves in (1, 2)}
-            found += [WgradConfig(*box, rows, columns, split, warps, stages, tma) for split in sorted(splits)]
+            found += [WgradConfig(*box, rows, columns, split, warps, stages, tma, taps) for split in sorted(splits)]
     return [c for c in found if c.images <= power_of_two(p.images)]
 
 

@@ -9,7 +9,7 @@ import torch
 
 from bench.group import one_line
 from bench.subjects import elementwise, gemms
-from bench.subjects.accuracy import Noise, Subject, arithmetic, verify
+from bench.subjects.accuracy import Noise, Subject, arithmetic, runnable, verify
 from bench.subjects.elementwise import Element
 from bench.subjects.problems import Problem, Use, distinct, step_problems
 from bench.timing import cold_ms, interleave
@@ -51,6 +51,21 @@ def merge(found: dict[str, Shape], shape: Shape) -> None:
     """Add a shape, or its uses to those of the one that is there."""
     known = found.get(shape.name, shape)
     found[shape.name] = Shape(known.problem, tuple(dict.fromkeys((*known.uses, *shape.uses))))
+
+
+def extension_serves(shape: Shape, device: torch.device) -> bool:
+    """Whether every use of a shape has a kernel of the extension on this device, so that none would be Triton's."""
+    from kernels._cuda import conv
+
+    if "cuda" not in runnable(("cuda",), device, shape.problem.precision, shape.problem.kernel):
+        return False
+    for problem in shape.problems():
+        if problem.use.before is not None:  # it has no prologues
+            return False
+        o = gemms.operands(problem, torch.device("meta"))
+        if conv.missing(problem.kernel, o.first, o.second, o.epilogue):
+            return False
+    return True
 
 
 def launches_of(work: Problem | Element, config: Any, arch: int) -> tuple:

@@ -13,14 +13,14 @@ from typing import Any, Protocol
 
 from bench.subjects.problems import Read
 
-LIBRARY = "library"
+LIBRARY, EXTENSION = "library", "cuda"
 FINALISTS = 4
 ROUNDS = {"first": 3, "last": 15}
 """Of the timing: of every right candidate, and of the finalists beside the library."""
 
 
 class Lab(Protocol):
-    """What a search asks of a device, for one shape at a time; recipes are names of candidates, or `library`."""
+    """What a search asks of a device, for one shape at a time; recipes are names of candidates, `library` or `cuda`."""
 
     def check(self, recipe: str) -> str | None:
         """Why what the recipe computes is wrong; None where it is right."""
@@ -33,27 +33,31 @@ class Lab(Protocol):
 class Choice:
     """What a search came to.
 
-    recipe: the fastest right one; None where none is right. us: its time, and `library_us` the library's.
-    rejected: why others were not timed, by name. timed: how many were.
+    recipe: the fastest right one; None where none is right. us: its time; `library_us` and `cuda_us` those of the
+    library and the extension, where they ran. rejected: why others were not timed, by name. timed: how many were.
     """
 
     recipe: str | None
     us: float | None = None
     library_us: float | None = None
+    cuda_us: float | None = None
     rejected: dict[str, str] = field(default_factory=dict)
     timed: int = 0
 
 
-def search(recipes: Sequence[str], lab: Lab, faults: Mapping[str, str] | None = None) -> Choice:
-    """The fastest of `recipes` and the library that computes the right thing.
+def search(
+    recipes: Sequence[str], lab: Lab, faults: Mapping[str, str] | None = None, others: Sequence[str] = (LIBRARY,)
+) -> Choice:
+    """The fastest of `recipes` and `others` that computes the right thing.
 
     Args:
         recipes: candidates by name, the default first: it is always among the finalists.
         faults: why some may not ship, as their compilation said: these are not run at all.
+        others: that have no tile of ours, always among the finalists: the library, and the extension where it can.
     """
     choice = Choice(None, rejected=dict(faults or {}))
     right = []
-    for recipe in [*recipes, LIBRARY]:
+    for recipe in [*recipes, *others]:
         if recipe in choice.rejected:
             continue
         why = lab.check(recipe)
@@ -65,11 +69,11 @@ def search(recipes: Sequence[str], lab: Lab, faults: Mapping[str, str] | None = 
     if not right:
         return choice
     first = lab.time_us(right, ROUNDS["first"])
-    best = sorted((recipe for recipe in right if recipe != LIBRARY), key=lambda recipe: first[recipe])[:FINALISTS]
-    always = [recipe for recipe in (recipes[0], LIBRARY) if recipe in right and recipe not in best]
+    best = sorted((recipe for recipe in right if recipe not in others), key=lambda recipe: first[recipe])[:FINALISTS]
+    always = [recipe for recipe in (recipes[0], *others) if recipe in right and recipe not in best]
     last = lab.time_us([*best, *always], ROUNDS["last"])
     choice.recipe = min(last, key=lambda recipe: last[recipe])
-    choice.us, choice.library_us = last[choice.recipe], last.get(LIBRARY)
+    choice.us, choice.library_us, choice.cuda_us = last[choice.recipe], last.get(LIBRARY), last.get(EXTENSION)
     return choice
 
 
@@ -103,11 +107,11 @@ class Table:
     def put_tile(
         self, kernel: str, key: str, precision: str, images: int, choice: Choice, tile: Any
     ) -> dict[str, Any]:  # fmt: skip
-        """Store a search's choice, and write. `tile` is the candidate's configuration, None for the library."""
-        entry: dict[str, Any] = {"recipe": LIBRARY if choice.recipe == LIBRARY else "triton"}
+        """Store a search's choice, and write. `tile` is the candidate's configuration, None for another recipe."""
+        entry: dict[str, Any] = {"recipe": choice.recipe if choice.recipe in (LIBRARY, EXTENSION) else "triton"}
         if entry["recipe"] == "triton":
             entry["tile"] = asdict(tile)
-        entry |= {"us": choice.us, "library_us": choice.library_us, "sources": self.sources}
+        entry |= {"us": choice.us, "library_us": choice.library_us, "cuda_us": choice.cuda_us, "sources": self.sources}
         place = self.data["tiles"].setdefault(kernel, {}).setdefault(key, {}).setdefault(precision, {})
         place[str(images)] = entry
         self.write()

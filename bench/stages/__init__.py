@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from bench import ceilings, record
 from bench.group import Bench, Group
 from bench.peers import jax_peer, ladder
 from bench.peers.ladder import EXAMPLE, Rung
+from bench.stages import ahead
 from dcgan.arch import PRESETS
 from dcgan.config import fast_bf16
 from kernels import tuning
@@ -40,13 +42,24 @@ def parity(bench: Bench, seconds: float) -> None:
     for done, environment in enumerate(environments):
         left = seconds * share - (time.monotonic() - began)
         _parity_process(file, max(left / (len(environments) - done), 1.0), environment)
-        found = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        found = whole_rows(file.read_text()) if file.exists() else []
         rows = [row for row in rows if row["ok"] is None] + found
     for row in counted(rows):
         bench.emit("parity", **row)
     for tests in (*TESTS, *(GPU_TESTS if bench.plan.device.type == "cuda" else ())):
         if (record.ROOT / tests).exists():
             run_tests(bench, tests, seconds - (time.monotonic() - began))
+
+
+def whole_rows(text: str) -> list[dict[str, Any]]:
+    """The rows of a file whose writer may have been ended in the middle of a line."""
+    rows = []
+    for line in text.splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
 
 
 def _parity_process(file: Path, seconds: float, environment: dict[str, str]) -> None:
@@ -158,13 +171,20 @@ def measure_ceilings(bench: Bench, seconds: float) -> None:
     bench.emit("ceilings", "copy", True, copy_tbps=found.copy_tbps, median_over_shortest=found.spread["copy"])
     if found.l2_tbps is not None:
         bench.emit("ceilings", "copy within L2", True, l2_tbps=found.l2_tbps, median_over_shortest=found.spread["l2"])
-        bench.emit("ceilings", "between kernels", True, node_us=found.node_us, launch_us=found.launch_us)
+    gaps = {key: value for key, value in asdict(found).items() if key.endswith("_us") and value is not None}
+    if gaps:
+        bench.emit("ceilings", "between kernels", True, **gaps)
+    for what, why in found.missing.items():
+        bench.emit("ceilings", what, None, why)
     bench.measured = found
 
 
 def peers(bench: Bench, seconds: float) -> None:
     """Every rung, ours among them, at each of the plan's batches."""
     began, batches = time.perf_counter(), bench.plan.peer_batches
+    precisions = [rung.precision for rung in ladder.RUNGS if rung.ours == "fused"]
+    jobs = [(bench.plan.arch, images, name, "") for images in batches for name in precisions]
+    ahead.compile_steps(bench, "peers", jobs)
     for done, images in enumerate(batches):
         share = (seconds - (time.perf_counter() - began)) / (len(batches) - done)
         compiled = [rung for rung in ladder.RUNGS if rung.compile]
@@ -197,17 +217,3 @@ def jax(bench: Bench, images: int, seconds: float) -> None:
     bench.emit(
         "peers", figures.pop("name"), figures.pop("ok"), figures.pop("why", None), group="jax", ours="", **figures
     )
-
-
-def step(bench: Bench, seconds: float) -> None:
-    """Ours beside the example at each of the plan's batches."""
-    rungs = [rung for rung in ladder.RUNGS if rung.ours == "fused" or rung.name == EXAMPLE]
-    began, batches = time.perf_counter(), bench.plan.step_batches
-    for done, images in enumerate(batches):
-        left = seconds - (time.perf_counter() - began)
-        if f"b{images}" in bench.summary:
-            bench.emit("step", f"b{images}", None, "measured in the stage peers", batch=images)
-        elif left <= 0 and done:
-            bench.emit("step", f"b{images}", None, f"no time left of this stage's {seconds:.0f} s", batch=images)
-        else:
-            Group(bench, "step", images, "step").run(rungs, left / (len(batches) - done))

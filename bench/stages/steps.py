@@ -1,0 +1,88 @@
+"""The suite's stage `step`: ours beside the example and the best peer over batches, image sizes and widths; each part
+of the fused step turned off alone; sampling; and the whole run of PyTorch's tutorial."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+
+from bench.group import Bench, Group
+from bench.peers import ladder, without
+from bench.peers.ladder import BEST, EXAMPLE, Rung
+from bench.stages import ahead, sampling, tutorial
+from dcgan.arch import Arch
+
+WHOLE = Rung("bf16", ours="fused", graph=True)
+"""What the ablation takes parts from."""
+
+Part = tuple[str, int, Callable[[float], object]]
+"""A row's name where there is no time for it, its batch, and what measures it in so many seconds."""
+
+
+def rungs(bench: Bench) -> list[Rung]:
+    """The example and ours; on a GPU our fastest alone, and what is likely the best peer that compiles nothing."""
+    if bench.plan.device.type == "cuda":
+        return [ladder.RUNGS[0], Rung(**BEST, frozen=True, graph=True), WHOLE]
+    return [rung for rung in ladder.RUNGS if rung.ours == "fused" or rung.name == EXAMPLE]
+
+
+def others(arch: Arch, sizes: tuple[int, ...], widths: tuple[int, ...]) -> list[Arch]:
+    """`arch` at other image sizes, and at other widths; those that its family does not have are left out."""
+    found = []
+    changes = [{"image_size": size} for size in sizes] + [{"ngf": width, "ndf": width} for width in widths]
+    for change in changes:
+        with suppress(ValueError):
+            found.append(replace(arch, **change))
+    return [other for other in found if other != arch]
+
+
+def ablation(bench: Bench, images: int, seconds: float) -> None:
+    """The fused step beside itself with one part off; `gain` is what the part saves, as a ratio."""
+    rungs = [WHOLE, *(replace(WHOLE, off=part) for part in without.PARTS)]
+    Group(bench, "step", images, "ablation").run(rungs, seconds)
+
+
+def parts(bench: Bench) -> Iterator[Part]:
+    """What the stage measures, in its order."""
+    plan = bench.plan
+
+    def group(images: int, arch: Arch | None = None) -> Callable[[float], object]:
+        name = "scaling" if arch else "step"
+        return lambda seconds: Group(bench, "step", images, name, arch).run(rungs(bench), seconds)
+
+    first = [images for images in plan.step_batches if images in plan.peer_batches]
+    for images in first:
+        yield f"b{images}", images, group(images)
+    for images in plan.ablated:
+        yield f"ablation/b{images}", images, lambda seconds, images=images: ablation(bench, images, seconds)
+    yield "sampling", max(plan.step_batches), lambda seconds: sampling.sampling(bench, seconds)
+    for images in plan.step_batches:
+        if images not in first:
+            yield f"b{images}", images, group(images)
+    images = plan.peer_batches[0]
+    for arch in others(plan.arch, plan.sizes, plan.widths):
+        yield f"{arch.image_size}px/f{arch.ngf}/b{images}", images, group(images, arch)
+    if plan.pictures:  # last, where it has all the time that is left
+        yield "tutorial", tutorial.BATCH, lambda seconds: tutorial.tutorial(bench, seconds, plan.pictures)
+
+
+def step(bench: Bench, seconds: float) -> None:
+    """All of them while there is time, each an equal share of what is left."""
+    began, plan = time.perf_counter(), bench.plan
+    todo = []
+    for name, images, run in parts(bench):
+        if name in bench.summary:
+            bench.emit("step", name, None, "measured in the stage peers", batch=images)
+        else:
+            todo.append((name, images, run))
+    batches = [(plan.arch, images) for name, images, _ in todo if name == f"b{images}"]
+    scaled = [(arch, plan.peer_batches[0]) for arch in others(plan.arch, plan.sizes, plan.widths)]
+    jobs = [(arch, images, "bf16", "") for arch, images in batches + scaled]
+    jobs += [(plan.arch, images, "bf16", off) for images in plan.ablated for off in without.OFF if off != "products"]
+    ahead.compile_steps(bench, "step", jobs)
+    for done, (name, images, run) in enumerate(todo):
+        left = seconds - (time.perf_counter() - began)
+        if left <= 0 and done:
+            bench.emit("step", name, None, f"no time left of this stage's {seconds:.0f} s", batch=images)
+        else:
+            run(left / (len(todo) - done))
