@@ -134,21 +134,21 @@ def without_frozen(step: FusedStep) -> None:
     d = step.discriminator
     forward, backward, launch = d.forward, d.backward, d.launch
     thrown_away = [torch.empty_like(stage.grad) for stage in d.stages]
-    to_do: list[int] = []
+    remaining: list[int] = []
 
     def conv_transpose(dy: Tensor, weight: Tensor, epilogue: Epilogue, **options: Any) -> Any:
-        if to_do:
-            layer = to_do.pop()
+        if remaining:
+            layer = remaining.pop()
             launch.wgrad(dy, d.kept[layer].x, out=thrown_away[layer], **d.options)
         return launch.conv_transpose(dy, weight, epilogue, **options)
 
     def head_grad(*arguments: Any, **options: Any) -> Any:
-        if to_do:
+        if remaining:
             options |= {"weight_grad": True, "out": thrown_away[-1]}
         return launch.head_grad(*arguments, **options)
 
     def back(dlogits: Tensor, weights: bool) -> Tensor | None:
-        to_do[:] = [] if weights else range(len(d.stages) - 1)
+        remaining[:] = [] if weights else range(len(d.stages) - 1)
         return backward(dlogits, weights)
 
     d.launch = SimpleNamespace(**vars(launch) | {"conv_transpose": conv_transpose, "head_grad": head_grad})

@@ -69,20 +69,20 @@ def parts(bench: Bench) -> Iterator[Part]:
 def step(bench: Bench, seconds: float) -> None:
     """All of them while there is time, each an equal share of what is left."""
     began, plan = time.perf_counter(), bench.plan
-    todo = []
+    planned = []
     for name, images, run in parts(bench):
         if name in bench.summary:
             bench.emit("step", name, None, "measured in the stage peers", batch=images)
         else:
-            todo.append((name, images, run))
-    batches = [(plan.arch, images) for name, images, _ in todo if name == f"b{images}"]
+            planned.append((name, images, run))
+    batches = [(plan.arch, images) for name, images, _ in planned if name == f"b{images}"]
     scaled = [(arch, plan.peer_batches[0]) for arch in others(plan.arch, plan.sizes, plan.widths)]
     jobs = [(arch, images, "bf16", "") for arch, images in batches + scaled]
     jobs += [(plan.arch, images, "bf16", off) for images in plan.ablated for off in without.OFF if off != "products"]
     ahead.compile_steps(bench, "step", jobs)
-    for done, (name, images, run) in enumerate(todo):
+    for done, (name, images, run) in enumerate(planned):
         left = seconds - (time.perf_counter() - began)
         if left <= 0 and done:
             bench.emit("step", name, None, f"no time left of this stage's {seconds:.0f} s", batch=images)
         else:
-            run(left / (len(todo) - done))
+            run(left / (len(planned) - done))
