@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kernels._triton.config import ConvConfig, WgradConfig, tma_fits
+from kernels._triton.config import FLAT_CHANNELS, ConvConfig, WgradConfig, inner, tma_fits
 from kernels.geometry import Layer
 
 FOLDER = Path(__file__).parent / "tuned"
@@ -39,7 +39,7 @@ CONFIGS = {"conv": ConvConfig, "conv_transpose": ConvConfig, "wgrad": WgradConfi
 IMAGE_CHANNELS = 4
 NEAR = 2.0
 NEAR_IMAGES = 4.0
-MOST = {"warps": 32, "stages": 16, "split": 4096}
+MOST = {"warps": 32, "stages": 16, "split": 4096, "taps": 4}
 MOST_OF_A_TILE = 1024
 """What a tile may say, so that a corrupt one is found here and not by a compiler: for all else `MOST_OF_A_TILE`."""
 
@@ -234,11 +234,18 @@ def tile(name: str, kernel: str, shape: Shape, precision: str, images: int) -> E
         return None
     itemsize = 4 if precision in ("fp32", "tf32") else 2
 
+    onto_an_image = kernel == "conv_transpose" and shape[1] <= IMAGE_CHANNELS
+
     def fits(entry: Entry) -> bool:
-        if entry.tile is None or not entry.tile.tma:
+        c = entry.tile
+        if c is None:
             return True
-        whole = kernel != "conv" or shape[0] % entry.tile.depth == 0
-        return whole and tma_fits(shape[:1] if kernel == "conv" else shape[:2], itemsize)
+        if onto_an_image and min(inner(shape[2], c.height), inner(shape[2], c.width)) < 1:
+            return False
+        if not c.tma:
+            return kernel != "wgrad" or c.taps == 1 or shape[1] >= FLAT_CHANNELS
+        whole = kernel != "conv" or shape[0] % c.depth == 0
+        return whole and tma_fits(shape[:1] if kernel == "conv" or onto_an_image else shape[:2], itemsize)
 
     return nearest(table.tiles.get((kernel, precision), ()), shape, images, fits)
 

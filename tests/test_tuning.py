@@ -239,3 +239,20 @@ def test_an_unknown_way_to_apply_is_refused(table):
     table(TABLE | {"inputs": {"conv": {"64x128@32": {"bf16": {"128": "triton"}}}}})
     with pytest.warns(RuntimeWarning, match="recipe is 'triton', accepted are applied, deferred"):
         assert tuning.load(NAME)[0] is None
+
+
+def tiles_of(kernel, key, tile):
+    return TABLE | {"tiles": {kernel: {key: {"bf16": {"128": {"recipe": "triton", "tile": asdict(tile)}}}}}}
+
+
+def test_a_near_shapes_tile_that_the_launcher_would_refuse_is_left(table):
+    """Several taps, for a picture whose taps lie in one row; a box without an inside, for a larger picture."""
+    table(tiles_of("wgrad", "64x16@16", WgradConfig(2, 4, 4, 64, 16, 6, 4, 3, False, 4)))
+    assert tuning.tile(NAME, "wgrad", (64, 16, 16), "bf16", 128) and not tuning.tile(
+        NAME, "wgrad", (64, 8, 16), "bf16", 128
+    )
+    table(tiles_of("conv_transpose", "64x4@2", ConvConfig(32, 2, 2, 16, 32, 4, 3, False)))
+    assert tuning.tile(NAME, "conv_transpose", (64, 4, 2), "bf16", 128)
+    assert not tuning.tile(NAME, "conv_transpose", (64, 4, 4), "bf16", 128)
+    table(tiles_of("conv_transpose", "64x4@8", ConvConfig(1, 8, 8, 16, 64, 4, 3, True)))
+    assert tuning.tile(NAME, "conv_transpose", (64, 3, 8), "bf16", 128), "an image's channels are not loaded by TMA"
