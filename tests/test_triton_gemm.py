@@ -318,14 +318,14 @@ def test_errors_name_the_argument(call, message):
 
 BOX = ("images", "height", "width")
 shapes = {
-    "images": st.integers(1, 5), "height": st.integers(1, 9), "width": st.integers(1, 9), "tma": st.booleans(),
+    "images": st.integers(1, 3), "height": st.integers(1, 7), "width": st.integers(1, 7), "tma": st.booleans(),
     "pixels": st.sampled_from([16, 32, 64]), "columns": st.sampled_from([16, 32]), "seed": st.integers(0, 999),
 }  # fmt: skip
 
 
 def any_conv(kind):
     @given(
-        into=st.integers(1, 40), out=st.integers(1, 40), groups=st.integers(1, 3), mode=st.sampled_from(MODES),
+        into=st.integers(1, 24), out=st.integers(1, 24), groups=st.integers(1, 3), mode=st.sampled_from(MODES),
         activation=st.sampled_from(["none", "relu", "leaky_relu", "tanh"]),
         before=st.sampled_from([None, "none", "relu", "leaky_relu"]), **shapes,
     )  # fmt: skip
