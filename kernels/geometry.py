@@ -159,6 +159,11 @@ class Epilogue:
             return "statistics" if self.statistics else "activation"
         return "activation_grad" if self.state is None else "batch_norm_grad"
 
+    @property
+    def sums(self) -> bool:
+        """Whether it takes sums over pixels, which a batch norm needs."""
+        return self.mode in ("statistics", "batch_norm_grad")
+
 
 class Partials(NamedTuple):
     """What the tiles of a GEMM leave for the finalize kernels to merge, always in tile order.

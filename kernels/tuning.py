@@ -240,6 +240,8 @@ def tile(name: str, kernel: str, shape: Shape, precision: str, images: int) -> E
         c = entry.tile
         if c is None:
             return True
+        if kernel == "conv_transpose" and onto_an_image != (entry.shape[1] <= IMAGE_CHANNELS):
+            return False  # another kernel's
         if onto_an_image and min(inner(shape[2], c.height), inner(shape[2], c.width)) < 1:
             return False
         if not c.tma:
@@ -277,6 +279,9 @@ def deferred(name: str | None, layer: Layer, precision: str, images: int, weight
     if entry is not None:
         return entry.recipe == "deferred", f"fastest at {entry}"
     onto_an_image = layer.kind == "conv_transpose" and layer.out_channels <= IMAGE_CHANNELS
+    product = tile(name, layer.kind, shape, precision, images) if table and onto_an_image else None
+    if product is not None and product.recipe != "triton":
+        return False, f"the default: the recipe {product.recipe} has no prologue"
     why = "bound by memory" if onto_an_image else "the tensor cores would wait for it"
     return onto_an_image, f"the default: {why}"
 

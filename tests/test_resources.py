@@ -73,6 +73,12 @@ def conv_case(config):
     return Case("planted", launch, True)
 
 
+def test_the_widest_image_end_fits_the_99_kb_of_sm89():
+    """With the batch norm that is applied in its loads by default, which takes room of its own."""
+    case = next(c for c in step_cases(PRESETS["paper"].arch, 128, 89, "bf16") if c.name == "G5 1×128 forward, deferred")
+    assert not faults(case, compile_launch(case.launch, 89), 89)
+
+
 def test_a_spill_is_found():
     case = conv_case(ConvConfig(2, 8, 8, 256, 64, warps=4, stages=3, tma=True))  # 256 accumulators a thread
     wrong = faults(case, compile_launch(case.launch, 90), 90)

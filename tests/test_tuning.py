@@ -1,15 +1,16 @@
 """Tuned tables: what is read from them, what is refused, and what they make the ops and the launchers do."""
 
+import functools
 import json
 from dataclasses import asdict
 
 import pytest
 import torch
 
-from kernels import dispatch, tuning
+from kernels import dispatch, launchers, tuning
 from kernels._triton.config import ConvConfig, WgradConfig
 from kernels.dispatch import BackendError, select, use_backend
-from kernels.geometry import Layer
+from kernels.geometry import Epilogue, Layer
 
 NAME = "NVIDIA Test 1"
 CONV = ConvConfig(2, 8, 8, 64, 32, 4, 3, True)
@@ -256,3 +257,21 @@ def test_a_near_shapes_tile_that_the_launcher_would_refuse_is_left(table):
     assert not tuning.tile(NAME, "conv_transpose", (64, 4, 4), "bf16", 128)
     table(tiles_of("conv_transpose", "64x4@8", ConvConfig(1, 8, 8, 16, 64, 4, 3, True)))
     assert tuning.tile(NAME, "conv_transpose", (64, 3, 8), "bf16", 128), "an image's channels are not loaded by TMA"
+
+
+def test_the_kernel_onto_an_image_has_tiles_of_its_own(table, monkeypatch):
+    """Its tile serves no more channels, and no epilogue that takes sums, which the ordinary kernel does."""
+    table(tiles_of("conv_transpose", "64x4@32", ConvConfig(1, 8, 32, 16, 64, 8, 3, True)))
+    assert tuning.tile(NAME, "conv_transpose", (64, 3, 32), "bf16", 128)
+    assert not tuning.tile(NAME, "conv_transpose", (64, 8, 32), "bf16", 128)
+    monkeypatch.setattr(tuning, "device_name", functools.cache(lambda device: NAME))
+    x, weight = torch.zeros(128, 32, 32, 64, dtype=torch.bfloat16), torch.zeros(64, 4, 4, 4, dtype=torch.bfloat16)
+    assert launchers._entry("conv_transpose", x, weight, {"epilogue": Epilogue("tanh")})
+    assert launchers._entry("conv_transpose", x, weight, {"epilogue": Epilogue(statistics=True)}) is None
+
+
+def test_a_measured_recipe_without_prologues_keeps_its_input_applied(table):
+    entry = {"recipe": "cuda", "us": 5.0}
+    table(TABLE | {"tiles": {"conv_transpose": {"64x3@32": {"bf16": {"128": entry}}}}})
+    onto = Layer("G5", "conv_transpose", 64, 3, 32, 4, 2, 1, False, "tanh")
+    assert tuning.deferred(NAME, onto, "bf16", 128) == (False, "the default: the recipe cuda has no prologue")

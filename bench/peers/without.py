@@ -157,6 +157,8 @@ def without_frozen(step: FusedStep) -> None:
 
 
 def without_products(step: FusedStep) -> None:
+    without_deferred(step)  # or the library's would apply a map for each who reads it
+
     def changes(launch: SimpleNamespace) -> dict[str, Callable]:
         library = Products(launch)
         return {"conv": library.conv, "conv_transpose": library.conv_transpose, "wgrad": library.wgrad}

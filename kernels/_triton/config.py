@@ -164,7 +164,8 @@ def image_config(height: int, width: int, into: int, itemsize: int, arch: int, t
     depth = min(128 // itemsize if tensor_cores else 16, max(16, power_of_two(into)))
     tma = tensor_cores and arch >= 90 and tma_fits((into,), itemsize)
     pixels, warps = (256, 8) if tensor_cores else (128, 4)
-    return ConvConfig(*image_box(pixels, height, width), 16, depth, warps, 3, tma)
+    stages = 3 if SHARED_LIMIT_BYTES[arch] > 128 << 10 else 2  # with a prologue three take up to 113 KB
+    return ConvConfig(*image_box(pixels, height, width), 16, depth, warps, stages, tma)
 
 
 def wgrad_config(

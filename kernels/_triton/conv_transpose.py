@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._triton.config import ConvConfig, cdiv, conv_config
-from kernels._triton.conv_transpose_image import MODES, MOST_CHANNELS, image_job
+from kernels._triton.conv_transpose_image import MOST_CHANNELS, image_job
 from kernels._triton.epilogue import PART_COLUMNS, check_epilogue, empty_partials, finish
 from kernels._triton.launch import (
     PRECISIONS,
@@ -111,7 +111,7 @@ def prepare_conv_transpose(
     y = x.new_empty(shape) if out is None else out
     check_tensor("out", y, shape, x.dtype, x)
     check_epilogue(epilogue, y, images)
-    if channels <= MOST_CHANNELS and epilogue.mode in MODES:
+    if channels <= MOST_CHANNELS and not epilogue.sums:
         return image_job(given, weight, y, epilogue, precision, arch, config)
     per_group = images // epilogue.groups
     c = config or conv_config(

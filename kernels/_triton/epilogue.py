@@ -26,7 +26,7 @@ def check_epilogue(epilogue: Epilogue, out: Tensor, images: int) -> None:
         raise ValueError(f"activation is {epilogue.activation!r}: accepted are none, relu, leaky_relu and tanh")
     if epilogue.statistics and (epilogue.activation != "none" or epilogue.saved is not None):
         raise ValueError("statistics=True is of a raw output: it takes activation='none' and no saved tensor")
-    if epilogue.merge is not None and epilogue.mode not in ("statistics", "batch_norm_grad"):
+    if epilogue.merge is not None and not epilogue.sums:
         raise ValueError(
             "merge is given where the epilogue takes no sums: it needs statistics=True, or saved and state"
         )
@@ -42,7 +42,7 @@ def check_epilogue(epilogue: Epilogue, out: Tensor, images: int) -> None:
 
 def empty_partials(epilogue: Epilogue, tiles: int, out: Tensor) -> Partials | None:
     """Workspaces for `tiles` tiles a group, or None where the epilogue leaves nothing to merge."""
-    if epilogue.mode not in ("statistics", "batch_norm_grad"):
+    if not epilogue.sums:
         return None
     values = out.new_empty((2, epilogue.groups, tiles, out.shape[3]), dtype=torch.float32)
     counted = epilogue.mode == "statistics"
