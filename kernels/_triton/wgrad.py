@@ -69,7 +69,7 @@ def wgrad_kernel(
         accs += (tl.zeros((BM, BN), tl.float32),)
     in_group = (per_group + BI - 1) // BI * TH * TW
     for place in range(share, groups * in_group, SPLIT):
-        group, box = place // in_group, place % in_group
+        group, box = (0, place) if x_state is None else (place // in_group, place % in_group)
         w0, h0, n0 = box % TW * BW, box // TW % TH * BH, box // (TW * TH) * BI
         image, y, x = n0 + r // (BW * BH), h0 + r // BW % BH, w0 + r % BW
         valid = ((image < per_group) & (y < H) & (x < W))[:, None]
