@@ -1,5 +1,5 @@
 """One layer's shapes, GEMM views, operations and bytes, and what may come before and after its product. No torch at run
-time: the vocabulary that every other part shares.
+time: the vocabulary that every other part shares, and the checks of a tensor that every backend makes.
 
 Shape letters, here and everywhere: `N C H W` batch, channels, height, width; `R S` kernel taps; `M N K` the rows,
 columns and reduction of the matrix product a convolution amounts to.
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 Kind = Literal["conv", "conv_transpose"]
@@ -206,3 +207,41 @@ def raw(x: Tensor | Deferred) -> Tensor:
 
 STATE = ("mean", "rstd", "scale", "shift")
 """Rows of a batch-norm state (4, groups, C) float32: x̂ = (y − mean)·rstd, and weight·x̂ + bias = scale·y + shift."""
+
+DTYPES = ("bfloat16", "float16", "float32")
+"""Of maps and packed weights."""
+
+
+def check_nhwc(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
+    """Refuse what the kernels would misread.
+
+    Raises:
+        ValueError: not four-dimensional, not contiguous as (N, H, W, C), empty, not 16-byte aligned, or of another
+            dtype or device than `like`.
+    """
+    if tensor.ndim != 4 or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}: "
+            "expected a contiguous (N, H, W, C) tensor (permute a channels_last one by (0, 2, 3, 1))"
+        )
+    check_tensor(name, tensor, tuple(tensor.shape), like.dtype if like is not None else None, like)
+    if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
+        raise ValueError(f"{name} is {tensor.dtype}: accepted are bfloat16, float16 and float32")
+    if not tensor.numel():
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: it must not be empty")
+
+
+def check_tensor(
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None, like: Tensor | None
+) -> None:
+    """Refuse a tensor of another shape or dtype, on another device than `like`, strided, or not 16-byte aligned."""
+    if tuple(tensor.shape) != shape or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}: expected contiguous {shape}"
+        )
+    if dtype is not None and tensor.dtype != dtype:
+        raise ValueError(f"{name} is {tensor.dtype}: expected {dtype}")
+    if like is not None and tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device}: expected {like.device}")
+    if tensor.data_ptr() % 16:
+        raise ValueError(f"{name} starts at address {tensor.data_ptr():#x}: it must be 16-byte aligned")

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kernels._triton.config import FLAT_CHANNELS, ConvConfig, WgradConfig, inner, tma_fits
+from kernels._triton.config import FLAT_CHANNELS, IMAGE_CHANNELS, ConvConfig, WgradConfig, inner, tma_fits
 from kernels.geometry import Layer
 
 FOLDER = Path(__file__).parent / "tuned"
@@ -36,7 +36,6 @@ RECIPES = ("triton", "cuda", "library", "eager")
 INPUTS = ("applied", "deferred")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 CONFIGS = {"conv": ConvConfig, "conv_transpose": ConvConfig, "wgrad": WgradConfig}
-IMAGE_CHANNELS = 4
 NEAR = 2.0
 NEAR_IMAGES = 4.0
 MOST = {"warps": 32, "stages": 16, "split": 4096, "taps": 4}

@@ -11,6 +11,7 @@ from bench.subjects.accuracy import DTYPES
 from bench.subjects.problems import Problem
 from kernels._triton.config import (
     FLAT_CHANNELS,
+    IMAGE_CHANNELS,
     PHASES,
     SHARED_LIMIT_BYTES,
     SMS,
@@ -35,9 +36,8 @@ LOAD = 132
 """Multiplications in the time of loading one 16-bit operand from the second-level cache: 790 TFLOP/s (design notes)
 against about 6 TB/s. It orders the candidates and decides nothing."""
 
-IMAGE_CHANNELS = 4
-"""Up to so many output channels `conv_transpose` has a kernel of its own, whose columns are fixed:"""
 IMAGE_COLUMNS = 64
+"""Of the tile that is onto an image, whatever its configuration says."""
 
 FEW_POINTERS = 4
 """Tiles that load by pointers, where TMA can load too."""

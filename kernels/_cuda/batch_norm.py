@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from kernels._cuda import launch as _launch
-from kernels._cuda.launch import DTYPES, check_nhwc, check_tensor, slope_of, vector_of
-from kernels.geometry import Activation, Merge, Partials
+from kernels._cuda.launch import DTYPES, slope_of, vector_of
+from kernels.geometry import Activation, Merge, Partials, check_nhwc, check_tensor
 
 THREADS, COLUMNS, UNROLL = 256, 32, 4
 """As in csrc: of a block, at most of them across the channels, and rows a thread has in flight."""

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels._cuda.launch import check_nhwc, check_tensor
-from kernels.geometry import Epilogue
+from kernels.geometry import Epilogue, check_nhwc, check_tensor
 
 
 def check_conv(x: Tensor, weight: Tensor) -> tuple[int, int, int, int, int]:
@@ -61,7 +60,7 @@ def check_epilogue(epilogue: Epilogue, out: Tensor, images: int) -> None:
         raise ValueError(f"activation is {epilogue.activation!r}: accepted are none, relu, leaky_relu and tanh")
     if epilogue.statistics and (epilogue.activation != "none" or epilogue.saved is not None):
         raise ValueError("statistics=True is of a raw output: it takes activation='none' and no saved tensor")
-    if epilogue.merge is not None and epilogue.mode not in ("statistics", "batch_norm_grad"):
+    if epilogue.merge is not None and not epilogue.sums:
         raise ValueError(
             "merge is given where the epilogue takes no sums: it needs statistics=True, or saved and state"
         )

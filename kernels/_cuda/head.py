@@ -7,8 +7,8 @@ from torch import Tensor
 
 from kernels._cuda import launch as _launch
 from kernels._cuda.batch_norm import merge_sums
-from kernels._cuda.launch import DTYPES, check_nhwc, check_tensor, slope_of
-from kernels.geometry import Activation, Merge, Partials
+from kernels._cuda.launch import DTYPES, slope_of
+from kernels.geometry import Activation, Merge, Partials, check_nhwc, check_tensor
 
 MOST_GROUPS = 31
 """Their targets are the bits of one int32."""

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from kernels._triton.config import cdiv, power_of_two
 from kernels._triton.epilogue import activate
-from kernels._triton.launch import Job, Launch, check_nhwc, check_tensor
+from kernels._triton.launch import Job, Launch
 from kernels._triton.merge import merge, merge_arguments, settle_statistics
-from kernels.geometry import Activation, Epilogue, Merge, Partials
+from kernels.geometry import Activation, Epilogue, Merge, Partials, check_nhwc, check_tensor
 
 TILE_ELEMENTS = 4096
 MERGED_TILES = 64

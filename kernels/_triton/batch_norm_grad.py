@@ -16,9 +16,9 @@ from torch import Tensor
 from kernels._triton.batch_norm import MERGED_CHANNELS, MERGED_TILES, locate, row_grid, row_tile, rows_of
 from kernels._triton.config import cdiv
 from kernels._triton.epilogue import derivative
-from kernels._triton.launch import Job, Launch, check_tensor
+from kernels._triton.launch import Job, Launch
 from kernels._triton.merge import settle_sums
-from kernels.geometry import Activation, Partials
+from kernels.geometry import Activation, Partials, check_tensor
 
 
 @triton.jit

@@ -19,6 +19,9 @@ FLAT_CHANNELS = 16
 WGRAD_TILES = ((128, 128, 1), (128, 128, 2), (128, 256, 1), (128, 64, 1), (128, 64, 2), (128, 64, 4))
 """Rows, columns and taps of a 16-bit weight gradient's tiles on TMA; none spills (`bench.resources`)."""
 
+IMAGE_CHANNELS = 4
+"""Up to so many output channels `conv_transpose` is onto an image, which has a kernel of its own."""
+
 PHASES = {"conv": 1, "conv_transpose": 4}
 
 

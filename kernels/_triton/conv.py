@@ -6,20 +6,10 @@ from torch import Tensor
 
 from kernels._triton.config import FLAT_CHANNELS, ConvConfig, cdiv, conv_config
 from kernels._triton.epilogue import PART_COLUMNS, check_epilogue, empty_partials, finish
-from kernels._triton.launch import (
-    PRECISIONS,
-    Job,
-    Launch,
-    arch_of,
-    box_view,
-    check_nhwc,
-    check_tensor,
-    halves_view,
-    on_tensor_cores,
-)
+from kernels._triton.launch import PRECISIONS, Job, Launch, arch_of, box_view, halves_view, on_tensor_cores
 from kernels._triton.merge import merge, merge_arguments
 from kernels._triton.prologue import applied, check_input, prologue
-from kernels.geometry import Deferred, Epilogue, Partials
+from kernels.geometry import Deferred, Epilogue, Partials, check_nhwc, check_tensor
 
 
 @triton.jit

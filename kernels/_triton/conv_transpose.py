@@ -4,22 +4,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._triton.config import ConvConfig, cdiv, conv_config
-from kernels._triton.conv_transpose_image import MOST_CHANNELS, image_job
+from kernels._triton.config import IMAGE_CHANNELS, ConvConfig, cdiv, conv_config
+from kernels._triton.conv_transpose_image import image_job
 from kernels._triton.epilogue import PART_COLUMNS, check_epilogue, empty_partials, finish
-from kernels._triton.launch import (
-    PRECISIONS,
-    Job,
-    Launch,
-    arch_of,
-    box_view,
-    check_nhwc,
-    check_tensor,
-    on_tensor_cores,
-)
+from kernels._triton.launch import PRECISIONS, Job, Launch, arch_of, box_view, on_tensor_cores
 from kernels._triton.merge import merge, merge_arguments
 from kernels._triton.prologue import applied, check_input, prologue
-from kernels.geometry import Deferred, Epilogue, Partials
+from kernels.geometry import Deferred, Epilogue, Partials, check_nhwc, check_tensor
 
 
 @triton.jit
@@ -111,7 +102,7 @@ def prepare_conv_transpose(
     y = x.new_empty(shape) if out is None else out
     check_tensor("out", y, shape, x.dtype, x)
     check_epilogue(epilogue, y, images)
-    if channels <= MOST_CHANNELS and not epilogue.sums:
+    if channels <= IMAGE_CHANNELS and not epilogue.sums:
         return image_job(given, weight, y, epilogue, precision, arch, config)
     per_group = images // epilogue.groups
     c = config or conv_config(

@@ -16,8 +16,6 @@ from kernels._triton.launch import Job, Launch, arch_of, box_view, on_tensor_cor
 from kernels._triton.prologue import applied, prologue
 from kernels.geometry import Deferred, Epilogue, raw
 
-MOST_CHANNELS = 4
-
 
 @triton.jit
 def neighbours(z, first, SIZE: tl.constexpr, B: tl.constexpr, APART: tl.constexpr, PERIOD: tl.constexpr):
@@ -106,7 +104,7 @@ def image_job(
     x: Tensor | Deferred, weight: Tensor, y: Tensor, epilogue: Epilogue, precision: str, arch: int | None,
     config: ConvConfig | None,
 ) -> Job:  # fmt: skip
-    """The job of `conv_transpose` where its output y has at most `MOST_CHANNELS` channels; all arguments checked.
+    """The job of `conv_transpose` where its output y has at most `IMAGE_CHANNELS` channels; all arguments checked.
 
     `config.columns` is not read: the tile holds all products of each pixel.
     """

@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._triton.launch import check_tensor
-from kernels.geometry import Epilogue, Partials
+from kernels.geometry import Epilogue, Partials, check_tensor
 
 PART_COLUMNS = {"statistics": 64, "activation": 64, "activation_grad": 32, "batch_norm_grad": 32}
 """Columns finished at a time. Compiled for sm_90, `batch_norm_grad` on a 128×128 tile takes 237 registers whole, 178 by

@@ -6,8 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._triton.config import cdiv
-from kernels._triton.launch import DTYPES, Job, Launch, check_tensor
+from kernels._triton.launch import DTYPES, Job, Launch
 from kernels._triton.ticket import check_ticket, last_program
+from kernels.geometry import check_tensor
 
 BLOCK = 2048
 

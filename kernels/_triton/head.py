@@ -14,10 +14,10 @@ from torch import Tensor
 
 from kernels._triton.config import cdiv, power_of_two
 from kernels._triton.epilogue import activate, derivative
-from kernels._triton.launch import DTYPES, Job, Launch, check_nhwc, check_tensor
+from kernels._triton.launch import DTYPES, Job, Launch
 from kernels._triton.merge import TOGETHER, gradients_of, settle_sums
 from kernels._triton.ticket import check_ticket, last_program, tickets
-from kernels.geometry import Activation, Merge, Partials
+from kernels.geometry import Activation, Merge, Partials, check_nhwc, check_tensor
 
 BLOCK = 2048
 MEANS = 256

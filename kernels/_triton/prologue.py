@@ -13,8 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._triton.epilogue import activate
-from kernels._triton.launch import check_nhwc, check_tensor
-from kernels.geometry import Deferred, raw
+from kernels.geometry import Deferred, check_nhwc, check_tensor, raw
 
 
 @triton.jit

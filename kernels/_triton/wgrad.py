@@ -9,18 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._triton.config import FLAT_CHANNELS, WgradConfig, cdiv, wgrad_config
-from kernels._triton.launch import (
-    PRECISIONS,
-    Job,
-    Launch,
-    arch_of,
-    box_view,
-    check_tensor,
-    halves_view,
-    on_tensor_cores,
-)
+from kernels._triton.launch import PRECISIONS, Job, Launch, arch_of, box_view, halves_view, on_tensor_cores
 from kernels._triton.prologue import applied, check_input, groups_of, prologue
-from kernels.geometry import Deferred, Shares
+from kernels.geometry import Deferred, Shares, check_tensor
 
 SUM_BLOCK, SUM_SHARES = 128, 16
 """Elements that a program of `sum_shares` sums, and how many of their shares it loads at a time."""
