@@ -150,12 +150,14 @@ struct Op<Function> {
   OP(gan_loss, "logits dlogits means dtype per_group groups real") \
   OP(image_conv, "x w y saved state values dtype images groups height width image_channels channels tanh slope") \
   OP(image_conv_transpose, "x w y saved dtype images height width image_channels channels tanh slope") \
-  OP(conv_sm80, "x w y values counts dtype images groups height width into out box_height box_width columns slope") \
-  OP(conv_transpose_sm80, "x w y values counts dtype images groups height width into out box_height box_width " \
+  OP(conv_sm80, "x w y saved state values counts dtype images groups height width into out box_height box_width " \
       "columns slope") \
-  OP(conv_sm90, "x w y values counts dtype images groups height width into out box_height box_width columns slope") \
-  OP(conv_transpose_sm90, "x w y values counts dtype images groups height width into out box_height box_width " \
-      "columns slope") \
+  OP(conv_transpose_sm80, "x w y saved state values counts dtype images groups height width into out box_height " \
+      "box_width columns slope") \
+  OP(conv_sm90, "x w y saved state values counts dtype images groups height width into out box_height box_width " \
+      "columns cluster slope") \
+  OP(conv_transpose_sm90, "x w y saved state values counts dtype images groups height width into out box_height " \
+      "box_width columns cluster slope") \
   OP(image_wgrad, "low high shares gradient dtype images height width image_channels channels split") \
   OP(adam, "table blocks step flags loss_scale programs copy_dtype step_is_float move_scale lr beta1 beta2 eps " \
       "growth backoff interval")

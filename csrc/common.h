@@ -12,17 +12,36 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#endif
+
+// Blocks of a launch, and how many neighbours along x make a cluster (sm_90 on): it divides them.
+struct Grid {
+  dim3 blocks;
+  unsigned cluster;
+  Grid(dim3 blocks, unsigned cluster = 1) : blocks(blocks), cluster(cluster) {}
+  Grid(unsigned blocks, unsigned cluster = 1) : blocks(blocks), cluster(cluster) {}
+};
 
 // kernel<<<grid, block, shared, stream>>>(arguments...) as a function, since host.h has no chevrons.
+#ifdef DCGAN_HOST
 template <class... P, class... A>
-cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream, A... arguments) {
+cudaError_t launch(void (*kernel)(P...), Grid grid, dim3 block, size_t shared, cudaStream_t stream, A... arguments) {
+  return host::launch([&] { kernel(P(arguments)...); }, grid.blocks, grid.cluster, block, shared, stream);
+}
+#else
+template <class... P, class... A>
+cudaError_t launch(void (*kernel)(P...), Grid grid, dim3 block, size_t shared, cudaStream_t stream, A... arguments) {
   if (shared > 48 << 10) {  // beyond the default limit, by request only (programming guide, "shared memory")
     const auto error = cudaFuncSetAttribute(
         reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
     if (error != cudaSuccess) return error;
   }
+  cudaLaunchAttribute clusters = {};
+  clusters.id = cudaLaunchAttributeClusterDimension;
+  clusters.val.clusterDim.x = grid.cluster, clusters.val.clusterDim.y = clusters.val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared, config.stream = stream;
+  config.gridDim = grid.blocks, config.blockDim = block, config.dynamicSmemBytes = shared, config.stream = stream;
+  config.attrs = &clusters, config.numAttrs = grid.cluster > 1;
   return cudaLaunchKernelEx(&config, kernel, P(arguments)...);
 }
 

@@ -15,7 +15,7 @@ struct Plan {
   static constexpr int N = COLUMNS / 2;  // of a warp
   static constexpr int A_BYTES = TILE_PIXELS * ROW_BYTES, B_BYTES = COLUMNS * ROW_BYTES, BYTES = A_BYTES + B_BYTES;
   static constexpr int STAGES = 3, TOTAL = STAGES * BYTES;
-  static_assert((LINES + 1) * COLUMNS * 4 <= TOTAL && TOTAL <= 99 << 10, "sm_86 and sm_89 have 99 KB");
+  static_assert(2 * LINES * COLUMNS * 4 <= TOTAL && TOTAL <= 99 << 10, "sm_86 and sm_89 have 99 KB");
   static constexpr int COPIES = COLUMNS * 8 / THREADS;  // vectors of the second tile, a thread and step
 };
 
@@ -143,19 +143,19 @@ __global__ void __launch_bounds__(THREADS, 1) conv_sm80_kernel(Arguments<T> a) {
   }
   copy_wait<0>();
   __syncthreads();  // the epilogue's sums take the tiles' place
-  finish_tile<T, ROW_TILES, P::N, COLUMNS, LINES, THREADS>(
+  finish_tile<T, ROW_TILES, 16, P::N, COLUMNS, LINES, THREADS>(
       d, warp / 2 * WARP_ROWS + lane / 4, warp % 2 * P::N, warp / 2, s, tile, a.out, reinterpret_cast<float*>(memory));
 }
 
 template <bool TRANSPOSED>
 cudaError_t conv(
-    cudaStream_t stream, const void* x, const void* w, void* y, Maybe<float> values, Maybe<float> counts, int64_t dtype,
-    const ConvShape& shape, int64_t columns, double slope) {
+    cudaStream_t stream, const void* x, const void* w, void* y, Maybe<const void> saved, Maybe<const float> state,
+    Maybe<float> values, Maybe<float> counts, int64_t dtype, const ConvShape& shape, int64_t columns, double slope) {
   return by_dtype(dtype, [&]<class T>() {
     if constexpr (sizeof(T) == 2) {
       const Arguments<T> a{
           static_cast<const T*>(x), static_cast<const T*>(w), shape,
-          {static_cast<T*>(y), values.at, counts.at, float(slope)}};
+          conv_output<T>(y, saved, state, values, counts, slope)};
       const unsigned grid = unsigned(shape.groups) * shape.boxes() * shape.phases * cdiv(shape.out, int(columns));
       switch (columns) {
         case 64: return launch(conv_sm80_kernel<T, 64, TRANSPOSED>, grid, THREADS, Plan<64>::TOTAL, stream, a);
@@ -169,17 +169,17 @@ cudaError_t conv(
 }  // namespace
 
 cudaError_t conv_sm80(
-    cudaStream_t stream, const void* x, const void* w, void* y, Maybe<float> values, Maybe<float> counts, int64_t dtype,
-    int64_t images, int64_t groups, int64_t height, int64_t width, int64_t into, int64_t out, int64_t box_height,
-    int64_t box_width, int64_t columns, double slope) {
+    cudaStream_t stream, const void* x, const void* w, void* y, Maybe<const void> saved, Maybe<const float> state,
+    Maybe<float> values, Maybe<float> counts, int64_t dtype, int64_t images, int64_t groups, int64_t height,
+    int64_t width, int64_t into, int64_t out, int64_t box_height, int64_t box_width, int64_t columns, double slope) {
   const auto shape = conv_shape(images, groups, height, width, into, out, box_height, box_width, false);
-  return conv<false>(stream, x, w, y, values, counts, dtype, shape, columns, slope);
+  return conv<false>(stream, x, w, y, saved, state, values, counts, dtype, shape, columns, slope);
 }
 
 cudaError_t conv_transpose_sm80(
-    cudaStream_t stream, const void* x, const void* w, void* y, Maybe<float> values, Maybe<float> counts, int64_t dtype,
-    int64_t images, int64_t groups, int64_t height, int64_t width, int64_t into, int64_t out, int64_t box_height,
-    int64_t box_width, int64_t columns, double slope) {
+    cudaStream_t stream, const void* x, const void* w, void* y, Maybe<const void> saved, Maybe<const float> state,
+    Maybe<float> values, Maybe<float> counts, int64_t dtype, int64_t images, int64_t groups, int64_t height,
+    int64_t width, int64_t into, int64_t out, int64_t box_height, int64_t box_width, int64_t columns, double slope) {
   const auto shape = conv_shape(images, groups, height, width, into, out, box_height, box_width, true);
-  return conv<true>(stream, x, w, y, values, counts, dtype, shape, columns, slope);
+  return conv<true>(stream, x, w, y, saved, state, values, counts, dtype, shape, columns, slope);
 }

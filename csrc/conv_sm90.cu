@@ -1,112 +1,191 @@
-// conv and conv_transpose k4 s2 p1 between maps of many channels, for sm_90a: TMA boxes into wgmma.
+// conv and conv_transpose k4 s2 p1 between maps of many channels, for sm_90a: TMA boxes into wgmma, each pixel loaded once
+// for four taps, and the weights once for a cluster.
 #include "conv_tile.h"
 #include "wgmma.h"
 
 namespace {
 
-constexpr int CONSUMERS = TILE_PIXELS / 64 * 128;  // threads: two warpgroups of 64 rows
-constexpr int THREADS = CONSUMERS + 128;           // and one that loads
-constexpr int LINES = CONSUMERS / WARP;            // consumer warps, of 16 rows
-static_assert(LINES * 16 == TILE_PIXELS && DEPTH * 2 == ROW_BYTES);
+constexpr int THREADS = 128, WARPS = THREADS / WARP;  // one warpgroup, which loads as well
+constexpr int ROW_TILES = TILE_PIXELS / 64;           // of wgmma's 64 rows
+constexpr int TAPS = 4;                               // of a plane
+constexpr int PLANES = 2, MIN_STAGES = 3, MAX_STAGES = 6;
+static_assert(DEPTH * 2 == ROW_BYTES && TILE_PIXELS % 64 == 0);
 
-// Registers of a loading and of a multiplying thread, which share out what a launch of 384 gets: 168 each.
-constexpr int FEW = 24, MANY = 240;
-static_assert(FEW * 128 + MANY * CONSUMERS <= 168 * THREADS);
-
-// Shared memory of a block: `STAGES` pairs of operand tiles, the barriers, the epilogue's sums.
+// Shared memory of a block: PLANES planes of pixels, 3 to 6 stages of weights, the epilogue's sums, the barriers.
 template <int COLUMNS>
 struct Plan {
-  static constexpr int A_BYTES = TILE_PIXELS * ROW_BYTES, B_BYTES = COLUMNS * ROW_BYTES, BYTES = A_BYTES + B_BYTES;
-  static constexpr int STAGES = (192 << 10) / BYTES;
-  static constexpr int BARRIERS = STAGES * BYTES, SUMS = BARRIERS + 2 * STAGES * 8;
-  static constexpr int TOTAL = SUMS + (LINES + 1) * COLUMNS * 4;
-  static_assert(A_BYTES % ATOM_BYTES == 0 && B_BYTES % ATOM_BYTES == 0, "each tile starts an atom of the swizzle");
-  static_assert(BARRIERS % 8 == 0 && SUMS % 16 == 0);
-  static_assert(TOTAL <= 227 << 10, "what a block of sm_90 may have");
+  static constexpr int BLOCKS = COLUMNS == 64 ? 3 : 2;  // of an SM, so that one stores while another multiplies
+  static constexpr int STAGE_BYTES = COLUMNS * ROW_BYTES, SUMS_BYTES = 2 * WARPS * COLUMNS * 4;
+  static constexpr int BARRIER_BYTES = 2 * (PLANES + MAX_STAGES) * 8;
+  static constexpr int ROOM = (228 << 10) / BLOCKS - (1 << 10);  // an SM has 228 KB, and takes 1 KB of each block's
+  static constexpr int LARGEST_PLANE = TILE_PIXELS * 4 * ROW_BYTES;  // of boxes of one pixel, with three neighbours each
+  static_assert(STAGE_BYTES % ATOM_BYTES == 0 && SUMS_BYTES % 8 == 0, "a stage starts an atom of the swizzle");
+  static_assert(
+      PLANES * LARGEST_PLANE + MIN_STAGES * STAGE_BYTES + SUMS_BYTES + BARRIER_BYTES <= 227 << 10,
+      "what a block of sm_90 may have");
+
+  static int stages(int plane_bytes) {
+    const int room = (ROOM - PLANES * plane_bytes - SUMS_BYTES - BARRIER_BYTES) / STAGE_BYTES;
+    return room < MIN_STAGES ? MIN_STAGES : room > MAX_STAGES ? MAX_STAGES : room;
+  }
+  static int total(int plane_bytes) {
+    return PLANES * plane_bytes + stages(plane_bytes) * STAGE_BYTES + SUMS_BYTES + BARRIER_BYTES;
+  }
 };
 
 template <class T>
 struct Arguments {
   ConvShape shape;
   ConvOutput<T> out;
+  int cluster, part;            // blocks; rows of a stage (of 64 columns of one) that each of them loads
+  int plane_rows, plane_bytes;  // pixels of a plane, and the room it has: whole atoms of the swizzle
+  int stages;
 };
 
 // conv: y[n,oy,ox,o] = Σ_{ky,kx,c} x[n,2oy+ky−1,2ox+kx−1,c] · w[o,ky,kx,c]
-// conv_transpose: y[n,2i+p,2j+q,o] = Σ_{a,b∈{0,1},c} x[n,i+p−a,j+q−b,c] · w[c,1−p+2a,1−q+2b,o]
-// then the activation, or the tile's mean and M2.
+// conv_transpose: y[n,2i+p,2j+q,o] = Σ_{a,b,c} x[n,i+p−a,j+q−b,c] · w[c,1−p+2a,1−q+2b,o], a and b in {0, 1}
 //
-// Tile: a box of 128 low pixels (of one phase) by COLUMNS channels; 16 (4) taps of the input's channels, 64 at a time.
-// Bytes: x, w and y once from memory; from L2 x 4·⌈out/COLUMNS⌉ (16·) times, and w once a row of tiles.
+// Tile: a box of 128 low pixels (of one phase) by COLUMNS channels. Its reduction goes plane by plane. A plane is what
+//     four taps read, 64 channels deep: for conv the pixels of one parity of row and column, for conv_transpose all;
+//     with one more row and one more column than the box. A tap is the same rows of it, some further on, which is no
+//     matrix that a descriptor could name: so the pixels come to wgmma through registers, by ldmatrix.
+// Bytes: x, w and y once from memory. From L2 a pixel comes (BH + 1)(BW + 1)/(BH·BW) times for each of ⌈out/COLUMNS⌉
+//     tiles (and 4 phases) where tap by tap it were four times that; w once for each cluster of boxes.
 // Accumulates in fp32, in registers, which the statistics see before it is rounded.
-// Beats the library by what does not follow. Unlike Triton's it feeds both operands from shared memory, x too, and has
-//     loads in flight by a warp of its own; which of the two is faster is for the tuned table to say.
+// Beats the library by what does not follow, and by what L2 need not give: of 128×128 tiles it is bound by L2 otherwise
+//     (docs/cuda_convolution.md). Two or three blocks an SM, so that one multiplies while another stores.
 template <class T, int COLUMNS, bool TRANSPOSED>
-__global__ void __launch_bounds__(THREADS, 1)
-    conv_sm90_kernel(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, Arguments<T> arguments) {
+__global__ void __launch_bounds__(THREADS, Plan<COLUMNS>::BLOCKS)
+    conv_sm90_kernel(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, Arguments<T> a) {
 #if defined(DCGAN_HOST) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using P = Plan<COLUMNS>;
   DYNAMIC_SHARED(memory);
-  uint64_t* const full = reinterpret_cast<uint64_t*>(memory + P::BARRIERS);
-  uint64_t* const empty = full + P::STAGES;
-  const ConvShape& s = arguments.shape;
-  const ConvTile tile = conv_tile(s, int(blockIdx.x), COLUMNS);
-  const int chunks = s.into / DEPTH, steps = (TRANSPOSED ? 4 : 16) * chunks;
-  const int warp = threadIdx.x / WARP;
+  unsigned char* const weights = memory + PLANES * a.plane_bytes;
+  float* const sums = reinterpret_cast<float*>(weights + a.stages * P::STAGE_BYTES);
+  uint64_t* const plane_full = reinterpret_cast<uint64_t*>(sums + P::SUMS_BYTES / 4);
+  uint64_t* const plane_empty = plane_full + PLANES;
+  uint64_t* const full = plane_empty + PLANES;
+  uint64_t* const empty = full + MAX_STAGES;
+  const ConvShape& s = a.shape;
+  const ConvTile tile = conv_tile(s, int(blockIdx.x), COLUMNS, a.cluster);
+  const int planes = (TRANSPOSED ? 1 : 4) * (s.into / DEPTH), steps = TAPS * planes, rank = cluster_rank();
+  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+
+  const auto load_plane = [&](int i) {
+    const int slot = i % PLANES, image = tile.group * s.per_group + tile.n;
+    barrier_arrive_expecting(plane_full + slot, a.plane_rows * ROW_BYTES);
+    void* const to = memory + slot * a.plane_bytes;
+    if constexpr (TRANSPOSED) {
+      const int h = tile.h + tile.phase / 2 - 1, w = tile.w + tile.phase % 2 - 1;
+      load_box<4>(to, x, {i * DEPTH, w, h, image}, plane_full + slot);
+    } else {  // row 2h + p of the image, column 2w + q
+      const int p = i / 2 % 2, q = i % 2;
+      load_box<5>(to, x, {q * s.into + i / 4 * DEPTH, tile.w - q, p, tile.h - p, image}, plane_full + slot);
+    }
+  };
+  // Each block of a cluster loads its part of a stage, for all of them.
+  const auto load_weights = [&](int step, int stage) {
+    const int i = step / TAPS, down = step / 2 % 2, right = step % 2;
+    const int p = TRANSPOSED ? tile.phase / 2 : i / 2 % 2, q = TRANSPOSED ? tile.phase % 2 : i % 2;
+    unsigned char* const to = weights + stage * P::STAGE_BYTES;
+    const auto load = [&](unsigned char* part, const int (&at)[2]) {
+      if (a.cluster == 1) load_box<2>(part, w, at, full + stage);
+      else load_box_to_all(part, w, at, full + stage, a.cluster);
+    };
+    barrier_arrive_expecting(full + stage, P::STAGE_BYTES);
+    if constexpr (TRANSPOSED) {  // rows of 64 columns of one k; 64 such rows, then the next 64 columns
+      const int ky = 1 - p + 2 * (1 - down), kx = 1 - q + 2 * (1 - right), from = rank * a.part;
+#pragma unroll
+      for (int n = 0; n < COLUMNS; n += 64)
+        load(to + (n + from) * ROW_BYTES, {(ky * 4 + kx) * s.out + tile.column + n, i * DEPTH + from});
+    } else {  // rows of 64 k of one column
+      const int ky = 1 - p + 2 * down, kx = 1 - q + 2 * right, from = rank * a.part;
+      load(to + from * ROW_BYTES, {(ky * 4 + kx) * s.into + i / 4 * DEPTH, tile.column + from});
+    }
+  };
+
   if (threadIdx.x == 0) {
-    for (int i = 0; i < P::STAGES; ++i) barrier_init(full + i, 1), barrier_init(empty + i, LINES);
+    for (int i = 0; i < PLANES; ++i) barrier_init(plane_full + i, 1), barrier_init(plane_empty + i, WARPS);
+#pragma unroll 1
+    for (int i = 0; i < a.stages; ++i) barrier_init(full + i, 1), barrier_init(empty + i, WARPS * a.cluster);
     barrier_init_fence();
   }
-  __syncthreads();
-
-  if (warp >= LINES) {
-    share_registers<FEW, false>();
-    if (threadIdx.x == CONSUMERS) {
-      const int image = tile.group * s.per_group + tile.n;
-      for (int step = 0; step < steps; ++step) {
-        const int stage = step % P::STAGES, tap = step / chunks, k = step % chunks * DEPTH;
-        unsigned char* const a = memory + stage * P::BYTES;
-        unsigned char* const b = a + P::A_BYTES;
-        barrier_wait(empty + stage, (step / P::STAGES & 1) ^ 1);
-        barrier_arrive_expecting(full + stage, P::BYTES);
-        if constexpr (TRANSPOSED) {
-          const int p = tile.phase / 2, q = tile.phase % 2, up = tap / 2, back = tap % 2;
-          const int at = ((1 - p + 2 * up) * 4 + 1 - q + 2 * back) * s.out + tile.column;
-          load_box<4>(a, x, {k, tile.w + q - back, tile.h + p - up, image}, full + stage);
-#pragma unroll
-          for (int i = 0; i < COLUMNS / 64; ++i)
-            load_box<2>(b + i * DEPTH * ROW_BYTES, w, {at + 64 * i, k}, full + stage);
-        } else {
-          const int ky = tap / 4 + 1, kx = tap % 4 + 1;  // of the padded image, whose pairs of rows start with row −1
-          load_box<5>(
-              a, x, {kx % 2 * s.into + k, tile.w + kx / 2 - 1, ky % 2, tile.h + ky / 2 - 1, image}, full + stage);
-          load_box<2>(b, w, {tap * s.into + k, tile.column}, full + stage);
-        }
-      }
-    }
-  } else {
-    share_registers<MANY, true>();
-    float d[1][COLUMNS / 2] = {};
-    for (int step = 0; step < steps; ++step) {
-      const int stage = step % P::STAGES;
-      const uint32_t a = shared_address(memory + stage * P::BYTES) + warp / 4 * 64 * ROW_BYTES;
-      const uint32_t b = shared_address(memory + stage * P::BYTES + P::A_BYTES);
-      barrier_wait(full + stage, step / P::STAGES & 1);
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < DEPTH; k += 16) {
-        const uint64_t right = TRANSPOSED ? descriptor(b + k * ROW_BYTES, ATOM_BYTES, DEPTH * ROW_BYTES)
-                                          : descriptor(b + 2 * k, ATOM_BYTES);
-        wgmma<T, COLUMNS, TRANSPOSED>(d[0], descriptor(a + 2 * k, ATOM_BYTES), right);
-      }
-      wgmma_commit();
-      wgmma_wait<1>();  // the step before is done with its stage
-      if (step && threadIdx.x % WARP == 0) barrier_arrive(empty + (step - 1) % P::STAGES);
-    }
-    wgmma_wait<0>();
-    finish_tile<T, 1, COLUMNS, COLUMNS, LINES, CONSUMERS>(
-        d, warp * 16 + threadIdx.x % WARP / 4, 0, warp, s, tile, arguments.out,
-        reinterpret_cast<float*>(memory + P::SUMS));
+  if (a.cluster > 1) cluster_barrier();
+  else __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < PLANES && i < planes; ++i) load_plane(i);
+#pragma unroll 1
+    for (int step = 0; step < a.stages && step < steps; ++step) load_weights(step, step);
   }
+  __syncwarp();
+
+  const int wide = (1 << s.log_width) + 1, high = (1 << s.log_height) + 1;  // of a plane
+  uint32_t rows[ROW_TILES];                                                // in bytes: what this lane names to ldmatrix
+#pragma unroll
+  for (int m = 0; m < ROW_TILES; ++m) {
+    const int r = m * 64 + warp * 16 + lane % 16, h = r >> s.log_width & (high - 2);
+    rows[m] = (((r >> (s.log_width + s.log_height)) * high + h) * wide + (r & (wide - 2))) * ROW_BYTES;
+  }
+  float d[ROW_TILES][COLUMNS / 2] = {};
+  uint32_t left[2][ROW_TILES][2][4];  // of half a step each: one is loaded while the other is multiplied
+  int stage = 0, parity = 0;          // of this step
+  int last = 0, last_but_one = 0, refill_parity = 0;  // stages of the two steps before
+  for (int i = 0; i < planes; ++i) {
+    const uint32_t plane = shared_address(memory) + i % PLANES * a.plane_bytes;
+    barrier_wait(plane_full + i % PLANES, i / PLANES & 1);
+#pragma unroll
+    for (int tap = 0; tap < TAPS; ++tap) {
+      const int step = i * TAPS + tap, shift = (tap / 2 * wide + tap % 2) * ROW_BYTES;
+      const uint32_t b = shared_address(weights) + stage * P::STAGE_BYTES;
+      barrier_wait(full + stage, parity);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int k = half * 32;
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+#pragma unroll
+          for (int m = 0; m < ROW_TILES; ++m)  // matrices: rows 0 to 7 and 8 to 15 of k to k + 7, then of the next eight
+            load_matrices<false>(
+                left[half][m][e], swizzled(plane + rows[m] + shift + (k + 16 * e + lane / 16 * 8) * 2));
+        wgmma_fence();
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const uint64_t right = TRANSPOSED ? descriptor(b + (k + 16 * e) * ROW_BYTES, ATOM_BYTES, DEPTH * ROW_BYTES)
+                                            : descriptor(b + 2 * (k + 16 * e), ATOM_BYTES);
+#pragma unroll
+          for (int m = 0; m < ROW_TILES; ++m) wgmma<T, COLUMNS, TRANSPOSED>(d[m], left[half][m][e], right);
+        }
+        wgmma_commit();
+        wgmma_wait<1>();  // all but this half step: the registers of the one before are free
+        if (half || !step) continue;
+
+        // The last step is done with its stage, and at a plane's first tap with the plane before.
+        if (lane < a.cluster) {
+          if (a.cluster == 1) barrier_arrive(empty + last);
+          else barrier_arrive_at(empty + last, lane);
+        }
+        if (!tap && !lane) barrier_arrive(plane_empty + (i - 1) % PLANES);
+        if (threadIdx.x == 0) {  // a stage is filled again a step later, when others are likely done with it
+          if (step >= 2 && step - 2 + a.stages < steps) {
+            barrier_wait(empty + last_but_one, refill_parity);
+            load_weights(step - 2 + a.stages, last_but_one);
+          }
+          if (!tap && i - 1 + PLANES < planes) {
+            barrier_wait(plane_empty + (i - 1) % PLANES, (i - 1) / PLANES & 1);
+            load_plane(i - 1 + PLANES);
+          }
+        }
+        __syncwarp();
+      }
+      if (step >= 2 && last_but_one == a.stages - 1) refill_parity ^= 1;
+      last_but_one = last, last = stage;
+      if (++stage == a.stages) stage = 0, parity ^= 1;
+    }
+  }
+  wgmma_wait<0>();
+  if (a.cluster > 1) cluster_barrier();  // before a block ends that others still signal
+  finish_tile<T, ROW_TILES, 64, COLUMNS, COLUMNS, WARPS, THREADS>(
+      d, warp * 16 + lane / 4, 0, warp, s, tile, a.out, sums);
 #endif
 }
 
@@ -151,20 +230,25 @@ cudaError_t make_map(
 }
 
 template <class T, int COLUMNS, bool TRANSPOSED>
-cudaError_t run(cudaStream_t stream, const void* x, const void* w, const Arguments<T>& a) {
-  const ConvShape& s = a.shape;
+cudaError_t run(
+    cudaStream_t stream, const void* x, const void* w, const ConvShape& s, const ConvOutput<T>& out, int cluster) {
+  using P = Plan<COLUMNS>;
+  if (cluster < 1 || cluster > 8 || (cluster & (cluster - 1)) || s.groups * s.boxes() % cluster)
+    return cudaErrorInvalidValue;
   const int64_t images = int64_t(s.per_group) * s.groups, taps = 16;
-  const int width = 1 << s.log_width, height = 1 << s.log_height;
+  const int wide = (1 << s.log_width) + 1, high = (1 << s.log_height) + 1, rows = s.box_images * high * wide;
+  const int plane_bytes = cdiv(rows * ROW_BYTES, ATOM_BYTES) * ATOM_BYTES;
+  const int part = (TRANSPOSED ? DEPTH : COLUMNS) / cluster;
   TensorMap pixels, weights;
-  auto error = TRANSPOSED ? make_map<T>(
-                                pixels, x, 4, {s.into, s.width, s.height, images, 0},
-                                {DEPTH, width, height, s.box_images, 0})
-                          : make_map<T>(  // the image's pairs of rows and columns: each tap is one box of this view
-                                pixels, x, 5, {2 * s.into, s.width, 2, s.height, images},
-                                {DEPTH, width, 1, height, s.box_images});
+  auto error = TRANSPOSED
+                   ? make_map<T>(
+                         pixels, x, 4, {s.into, s.width, s.height, images, 0}, {DEPTH, wide, high, s.box_images, 0})
+                   : make_map<T>(  // the image's pairs of rows and columns: a plane is one box of this view
+                         pixels, x, 5, {2 * s.into, s.width, 2, s.height, images},
+                         {DEPTH, wide, 1, high, s.box_images});
   if (error != cudaSuccess) return error;
-  error = TRANSPOSED ? make_map<T>(weights, w, 2, {taps * s.out, s.into, 0, 0, 0}, {64, DEPTH, 0, 0, 0})
-                     : make_map<T>(weights, w, 2, {taps * s.into, s.out, 0, 0, 0}, {DEPTH, COLUMNS, 0, 0, 0});
+  error = TRANSPOSED ? make_map<T>(weights, w, 2, {taps * s.out, s.into, 0, 0, 0}, {64, part, 0, 0, 0})
+                     : make_map<T>(weights, w, 2, {taps * s.into, s.out, 0, 0, 0}, {DEPTH, part, 0, 0, 0});
   if (error != cudaSuccess) return error;
   const unsigned grid = unsigned(s.groups) * s.boxes() * s.phases * cdiv(s.out, COLUMNS);
   const auto kernel = conv_sm90_kernel<T, COLUMNS, TRANSPOSED>;
@@ -174,20 +258,21 @@ cudaError_t run(cudaStream_t stream, const void* x, const void* w, const Argumen
   if (error != cudaSuccess) return error;
   if (found.numRegs < COLUMNS / 2) return cudaErrorNoKernelImageForDevice;
 #endif
-  return launch(kernel, grid, THREADS, Plan<COLUMNS>::TOTAL, stream, pixels, weights, a);
+  const Arguments<T> a{s, out, cluster, part, rows, plane_bytes, P::stages(plane_bytes)};
+  return launch(kernel, Grid(grid, unsigned(cluster)), THREADS, P::total(plane_bytes), stream, pixels, weights, a);
 }
 
 template <bool TRANSPOSED>
 cudaError_t conv(
-    cudaStream_t stream, const void* x, const void* w, void* y, Maybe<float> values, Maybe<float> counts, int64_t dtype,
-    const ConvShape& shape, int64_t columns, double slope) {
+    cudaStream_t stream, const void* x, const void* w, void* y, Maybe<const void> saved, Maybe<const float> state,
+    Maybe<float> values, Maybe<float> counts, int64_t dtype, const ConvShape& shape, int64_t columns, int64_t cluster,
+    double slope) {
   return by_dtype(dtype, [&]<class T>() {
     if constexpr (sizeof(T) == 2) {
-      const Arguments<T> a{shape, {static_cast<T*>(y), values.at, counts.at, float(slope)}};
+      const auto out = conv_output<T>(y, saved, state, values, counts, slope);
       switch (columns) {
-        case 64: return run<T, 64, TRANSPOSED>(stream, x, w, a);
-        case 128: return run<T, 128, TRANSPOSED>(stream, x, w, a);
-        case 256: return run<T, 256, TRANSPOSED>(stream, x, w, a);
+        case 64: return run<T, 64, TRANSPOSED>(stream, x, w, shape, out, int(cluster));
+        case 128: return run<T, 128, TRANSPOSED>(stream, x, w, shape, out, int(cluster));
       }
     }
     return cudaErrorInvalidValue;
@@ -197,17 +282,19 @@ cudaError_t conv(
 }  // namespace
 
 cudaError_t conv_sm90(
-    cudaStream_t stream, const void* x, const void* w, void* y, Maybe<float> values, Maybe<float> counts, int64_t dtype,
-    int64_t images, int64_t groups, int64_t height, int64_t width, int64_t into, int64_t out, int64_t box_height,
-    int64_t box_width, int64_t columns, double slope) {
+    cudaStream_t stream, const void* x, const void* w, void* y, Maybe<const void> saved, Maybe<const float> state,
+    Maybe<float> values, Maybe<float> counts, int64_t dtype, int64_t images, int64_t groups, int64_t height,
+    int64_t width, int64_t into, int64_t out, int64_t box_height, int64_t box_width, int64_t columns, int64_t cluster,
+    double slope) {
   const auto shape = conv_shape(images, groups, height, width, into, out, box_height, box_width, false);
-  return conv<false>(stream, x, w, y, values, counts, dtype, shape, columns, slope);
+  return conv<false>(stream, x, w, y, saved, state, values, counts, dtype, shape, columns, cluster, slope);
 }
 
 cudaError_t conv_transpose_sm90(
-    cudaStream_t stream, const void* x, const void* w, void* y, Maybe<float> values, Maybe<float> counts, int64_t dtype,
-    int64_t images, int64_t groups, int64_t height, int64_t width, int64_t into, int64_t out, int64_t box_height,
-    int64_t box_width, int64_t columns, double slope) {
+    cudaStream_t stream, const void* x, const void* w, void* y, Maybe<const void> saved, Maybe<const float> state,
+    Maybe<float> values, Maybe<float> counts, int64_t dtype, int64_t images, int64_t groups, int64_t height,
+    int64_t width, int64_t into, int64_t out, int64_t box_height, int64_t box_width, int64_t columns, int64_t cluster,
+    double slope) {
   const auto shape = conv_shape(images, groups, height, width, into, out, box_height, box_width, true);
-  return conv<true>(stream, x, w, y, values, counts, dtype, shape, columns, slope);
+  return conv<true>(stream, x, w, y, saved, state, values, counts, dtype, shape, columns, cluster, slope);
 }

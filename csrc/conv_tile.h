@@ -33,18 +33,20 @@ inline ConvShape conv_shape(
       cdiv(int(height), int(box_height)), cdiv(int(width), int(box_width)), transposed ? 4 : 1};
 }
 
-// A tile: its group and place among the group's, its first pixel, its first output channel. Neighbouring blocks have
-// the same pixels, which L2 then reads once: first the columns, then the phases change.
+// A tile: its group and place among the group's, its first pixel, its first output channel. The blocks of a cluster have
+// boxes next to each other, and all else alike. Neighbouring clusters have the same pixels, which L2 then reads once:
+// first the columns, then the phases change.
 struct ConvTile {
   int group, index;  // of the partials: box · phases + phase
   int column, phase;
   int n, h, w;  // n counts within the group
 };
 
-__device__ __forceinline__ ConvTile conv_tile(const ConvShape& s, int block, int columns) {
-  const int wide = (s.out + columns - 1) / columns, pixels = block / (wide * s.phases), box = pixels % s.boxes();
+__device__ __forceinline__ ConvTile conv_tile(const ConvShape& s, int block, int columns, int cluster = 1) {
+  const int wide = (s.out + columns - 1) / columns, other = block / cluster;  // tile of a cluster's first block
+  const int pixels = other / (wide * s.phases) * cluster + block % cluster, box = pixels % s.boxes();
   ConvTile tile;
-  tile.column = block % wide * columns, tile.phase = block / wide % s.phases;
+  tile.column = other % wide * columns, tile.phase = other / wide % s.phases;
   tile.group = pixels / s.boxes(), tile.index = box * s.phases + tile.phase;
   tile.w = box % s.across << s.log_width, tile.h = box / s.across % s.down << s.log_height;
   tile.n = box / (s.across * s.down) * s.box_images;
@@ -81,39 +83,60 @@ __device__ __forceinline__ void quad_transpose(uint32_t (&p)[4], int t) {
     }
 }
 
+// What becomes of the accumulator; without saved and values, the activation of this slope.
 template <class T>
 struct ConvOutput {
   T* y;
-  float *values, *counts;  // null where y is activated
+  const T* saved;      // of y's shape: times the activation's derivative at saved, or at state's affine of it
+  const float* state;  // (4, groups, out)
+  float* values;       // (2, groups, tiles, out): with state Σg and Σg·x̂ of each tile, else mean and M2
+  float* counts;       // (groups, tiles): pixels of each tile, of mean and M2
   float slope;
 };
 
-// A barrier of the block's first THREADS threads, or of all that have not ended.
-template <int THREADS>
-__device__ __forceinline__ void part_barrier() {
-#ifdef DCGAN_HOST
-  __syncthreads();
-#else
-  asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
-#endif
+template <class T>
+ConvOutput<T> conv_output(
+    void* y, Maybe<const void> saved, Maybe<const float> state, Maybe<float> values, Maybe<float> counts,
+    double slope) {
+  return {static_cast<T*>(y), static_cast<const T*>(saved.at), state.at, values.at, counts.at, float(slope)};
 }
 
-// Statistics or activation of a block's accumulator, and its stores, by its first THREADS threads. A thread holds row
-// `row` and row + 8, and MT − 1 times those 16 further, of columns column + 8j + 2t and the next, as mma and wgmma
-// leave them. LINES warps stand above each other, this one at `line`. `sums` is shared memory for LINES + 1 rows of
-// COLUMNS floats.
-template <class T, int MT, int N, int COLUMNS, int LINES, int THREADS>
+// The sum of what the eight threads with the same columns hold; in each of them.
+__device__ __forceinline__ float column_sum(float x) {
+#pragma unroll
+  for (int by = 4; by < WARP; by *= 2) x += __shfl_xor_sync(0xffffffffu, x, by);
+  return x;
+}
+
+// The epilogue of a block's accumulator, by all of its THREADS threads. A thread holds row `row` and row + 8, and MT − 1
+// times those STEP further, of columns column + 8j + 2t and the next, as mma and wgmma leave them. LINES warps stand
+// above each other, this one at `line`. `sums` is shared memory for 2·LINES rows of COLUMNS floats.
+template <class T, int MT, int STEP, int N, int COLUMNS, int LINES, int THREADS>
 __device__ __forceinline__ void finish_tile(
     float (&d)[MT][N / 2], int row, int column, int line, const ConvShape& s, const ConvTile& tile,
     const ConvOutput<T>& out, float* sums) {
+  static_assert(LINES > 1 && N % 32 == 0, "four column tiles make a thread's vectors");
   const int t = threadIdx.x % 4, g = threadIdx.x % WARP / 4;
-  int64_t pixel[MT][2];
+  const int64_t tiles = int64_t(s.boxes()) * s.phases;
+  int64_t pixel[2 * MT];
 #pragma unroll
-  for (int i = 0; i < 2 * MT; ++i) pixel[i / 2][i % 2] = output_pixel(s, tile, row + i / 2 * 16 + i % 2 * 8);
+  for (int i = 0; i < 2 * MT; ++i) pixel[i] = output_pixel(s, tile, row + i / 2 * STEP + i % 2 * 8);
 
-  if (out.values) {  // by their definitions, so that a large mean costs no digits: first the mean, then M2 about it
+  // Column c of a tile's `which` sum: what the lines left, added in order.
+  const auto add_lines = [&](int which, int c) {
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < LINES; ++i) sum += sums[(which * LINES + i) * COLUMNS + c];
+    return sum;
+  };
+  const auto store_value = [&](int which, int c, float value) {
+    if (tile.column + c < s.out)
+      out.values[((which * s.groups + tile.group) * tiles + tile.index) * s.out + tile.column + c] = value;
+  };
+
+  if (out.values && !out.state) {  // by their definitions, so that a large mean costs no digits: the mean, then M2
     float* const mean = sums + LINES * COLUMNS;
-    const int count = tile_count(s, tile);
+    const float count = float(tile_count(s, tile));
     for (int pass = 0; pass < 2; ++pass) {
 #pragma unroll
       for (int j = 0; j < N / 8; ++j)
@@ -124,47 +147,85 @@ __device__ __forceinline__ void finish_tile(
 #pragma unroll
           for (int i = 0; i < 2 * MT; ++i) {
             const float x = d[i / 2][4 * j + i % 2 * 2 + e], off = pass ? x - mean[c] : 0.f;
-            if (pixel[i / 2][i % 2] >= 0) sum += pass ? off * off : x;
+            if (pixel[i] >= 0) sum += pass ? off * off : x;
           }
-#pragma unroll
-          for (int by = 4; by < WARP; by *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, by);
+          sum = column_sum(sum);
           if (!g) sums[line * COLUMNS + c] = sum;
         }
-      part_barrier<THREADS>();
+      __syncthreads();
       for (int c = threadIdx.x; c < COLUMNS; c += THREADS) {
-        float sum = 0;
-#pragma unroll
-        for (int i = 0; i < LINES; ++i) sum += sums[i * COLUMNS + c];
-        if (!pass) sum /= float(count), mean[c] = sum;
-        const int64_t at = (int64_t(pass * s.groups + tile.group) * s.boxes() * s.phases + tile.index) * s.out;
-        if (tile.column + c < s.out) out.values[at + tile.column + c] = sum;
+        float sum = add_lines(0, c);
+        if (!pass) sum /= count, mean[c] = sum;
+        store_value(pass, c, sum);
       }
-      if (!pass && !threadIdx.x && !tile.column)
-        out.counts[int64_t(tile.group) * s.boxes() * s.phases + tile.index] = float(count);
-      part_barrier<THREADS>();
+      if (!pass && !threadIdx.x && !tile.column) out.counts[tile.group * tiles + tile.index] = count;
+      __syncthreads();
     }
   }
-  static_assert(N % 32 == 0, "four column tiles make a thread's vectors");
+
 #pragma unroll
-  for (int i = 0; i < 2 * MT; ++i)
+  for (int j = 0; j < N / 8; j += 4) {  // eight columns a thread: 8k + 2t + e of these four tiles; vectors are 8t + 2k + e
+    const int vector = tile.column + column + 8 * (j + t);
+    float mean[8], rstd[8], scale[8], shift[8], g_sum[8] = {}, gx_sum[8] = {};
+    if (out.state) {
+      const int64_t plane = int64_t(s.groups) * s.out;
 #pragma unroll
-    for (int j = 0; j < N / 8; j += 4) {
-      uint32_t p[4];
+      for (int i = 0; i < 8; ++i) {
+        const int c = tile.column + column + 8 * (j + i / 2) + 2 * t + i % 2;
+        const float* const at = out.state + int64_t(tile.group) * s.out + (c < s.out ? c : 0);
+        mean[i] = at[0], rstd[i] = at[plane], scale[i] = at[2 * plane], shift[i] = at[3 * plane];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * MT; ++i) {
+      const bool there = pixel[i] >= 0 && vector < s.out;
+      const int64_t at = pixel[i] * s.out + vector;
+      uint32_t p[4] = {};
+      if (out.saved) {
+        if (there) {
+          const uint4 kept = *reinterpret_cast<const uint4*>(out.saved + at);
+          memcpy(p, &kept, VECTOR_BYTES);
+        }
+        quad_transpose(p, t);
+      }
+      uint32_t q[4];
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         float pair[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          pair[e] = d[i / 2][4 * (j + k) + i % 2 * 2 + e];
-          if (!out.values) pair[e] = activate(pair[e], out.slope);
+          float x = d[i / 2][4 * (j + k) + i % 2 * 2 + e];
+          const int c = 2 * k + e;
+          if (out.state) {
+            const float y = element<T>(p[k], e);
+            x = pixel[i] < 0 ? 0.f : x * derivative(y * scale[c] + shift[c], out.slope);
+            g_sum[c] += x, gx_sum[c] += x * ((y - mean[c]) * rstd[c]);
+          } else if (out.saved) {
+            x *= derivative(element<T>(p[k], e), out.slope);
+          } else if (!out.values) {
+            x = activate(x, out.slope);
+          }
+          pair[e] = x;
         }
-        p[k] = pack(from_float<T>(pair[0]), from_float<T>(pair[1]));
+        q[k] = pack(from_float<T>(pair[0]), from_float<T>(pair[1]));
       }
-      quad_transpose(p, t);
-      const int c = tile.column + column + 8 * (j + t);
-      if (pixel[i / 2][i % 2] < 0 || c >= s.out) continue;
-      uint4 vector;
-      memcpy(&vector, p, VECTOR_BYTES);
-      *reinterpret_cast<uint4*>(out.y + pixel[i / 2][i % 2] * s.out + c) = vector;
+      quad_transpose(q, t);
+      if (!there) continue;
+      uint4 stored;
+      memcpy(&stored, q, VECTOR_BYTES);
+      *reinterpret_cast<uint4*>(out.y + at) = stored;
     }
+    if (out.state)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int c = column + 8 * (j + i / 2) + 2 * t + i % 2;
+        const float g_all = column_sum(g_sum[i]), gx_all = column_sum(gx_sum[i]);
+        if (!g) sums[line * COLUMNS + c] = g_all, sums[(LINES + line) * COLUMNS + c] = gx_all;
+      }
+  }
+  if (out.state) {
+    __syncthreads();
+    for (int c = threadIdx.x; c < COLUMNS; c += THREADS)
+      for (int which = 0; which < 2; ++which) store_value(which, c, add_lines(which, c));
+  }
 }

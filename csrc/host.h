@@ -1,15 +1,16 @@
 // CUDA's threads, shared memory, barriers, shuffles and 16-bit types in plain C++, so that the kernels' own sources
 // run on a CPU: for tests alone. g++ -std=c++20 -DDCGAN_HOST -x c++ -shared -fPIC -fno-strict-aliasing csrc/*.cu
 //
-// Blocks run one after another. A block's threads are fibers (ucontext), one after another too: each runs until it
-// ends, or waits at a barrier or in a warp's collective; when all that must arrive have, they go on. So runs repeat
-// exactly, and `host_reverse(1)`, which turns the order of threads and blocks around, tells kernels whose threads race
+// Blocks run one after another, those of a cluster together. Their threads are fibers (ucontext), one after another too:
+// each runs until it ends, or waits at a barrier or in a warp's collective; when all that must arrive have, they go on.
+// So runs repeat exactly, and `host_reverse(1)`, which turns the order of threads and blocks around, tells kernels whose threads race
 // by another result. What can never go on (a barrier some lanes skip) ends the process with a message.
 // `static` shared memory keeps what the block before left, as on a GPU.
 #pragma once
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -62,14 +63,14 @@ enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 
 namespace host {
 
-constexpr int MAX_THREADS = 1024, WARP = 32;
+constexpr int MAX_THREADS = 1024, MAX_CLUSTER = 8, WARP = 32;
 constexpr size_t STACK_BYTES = 128 << 10;
 
 struct Thread {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   uint3 index;
-  enum { RUNS, AT_BARRIER, IN_COLLECTIVE, ENDED } state;
+  enum { RUNS, AT_BARRIER, AT_CLUSTER_BARRIER, IN_COLLECTIVE, ENDED } state;
   // of a collective: its mask, where in the source it stands, what this lane brought, and where its result goes
   unsigned mask;
   unsigned line;
@@ -77,14 +78,20 @@ struct Thread {
   void* out;
 };
 
+struct Block {
+  uint3 index{};
+  unsigned char* shared = nullptr;
+};
+
 struct State {
-  std::vector<Thread> threads{MAX_THREADS};
-  int count = 0, current = 0;
+  std::vector<Thread> threads{MAX_THREADS};  // of a cluster's first block, then of its second, …
+  int count = 0, current = 0;                // of a block; among all
   bool reverse = false;
   uint64_t first_block = 0, last_block = UINT64_MAX;
-  uint3 block{};
+  Block blocks[MAX_CLUSTER];
+  int cluster = 1, rank = 0;  // blocks that run together; which of them the current thread is of
   dim3 block_dim, grid_dim;
-  unsigned char* shared = nullptr;
+  unsigned char* shared = nullptr;  // of the current thread's block
   ucontext_t scheduler;
   const std::function<void()>* body = nullptr;
   const void* scheduler_stack = nullptr;  // for AddressSanitizer, which must know which stack is in use
@@ -130,48 +137,80 @@ inline void thread_main() {
 }
 
 inline void resume(int t) {
-  state.current = t;
+  state.current = t, state.rank = t / state.count, state.shared = state.blocks[state.rank].shared;
   void* fake = nullptr;
   start_switch(&fake, state.threads[t].stack.get(), STACK_BYTES);
   swapcontext(&state.scheduler, &state.threads[t].context);
   finish_switch(fake, false);
 }
 
-inline void run_block() {
-  const int n = state.count;
+// Let those that wait at a barrier, threads from `first` on, go on once all that have not ended are there.
+inline void settle(int first, int count, decltype(Thread::state) barrier) {
+  int waiting = 0, ended = 0;
+  for (int t = first; t < first + count; ++t)
+    waiting += state.threads[t].state == barrier, ended += state.threads[t].state == Thread::ENDED;
+  if (!waiting || waiting + ended < count) return;
+  for (int t = first; t < first + count; ++t)
+    if (state.threads[t].state == barrier) state.threads[t].state = Thread::RUNS;
+}
+
+inline void run_cluster() {
+  const int n = state.count * state.cluster;
+  if (n > int(state.threads.size())) state.threads.resize(n);
   for (int t = 0; t < n; ++t) {
     Thread& thread = state.threads[t];
     if (!thread.stack) thread.stack.reset(new char[STACK_BYTES]);
 #ifdef __SANITIZE_ADDRESS__
     __asan_unpoison_memory_region(thread.stack.get(), STACK_BYTES);  // frames that the block before never left
 #endif
-    const unsigned x = state.block_dim.x, y = state.block_dim.y;
-    thread.index = {t % x, t / x % y, t / (x * y)};
+    const unsigned x = state.block_dim.x, y = state.block_dim.y, i = t % state.count;
+    thread.index = {i % x, i / x % y, i / (x * y)};
     thread.state = Thread::RUNS;
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = thread.stack.get();
     thread.context.uc_stack.ss_size = STACK_BYTES;
     makecontext(&thread.context, thread_main, 0);
   }
-  for (int ended = 0; ended < n;) {
-    bool progress = false;
-    int waiting = 0;
-    ended = 0;
+  for (bool progress = true; progress;) {
+    progress = false;
     for (int i = 0; i < n; ++i) {
       const int t = state.reverse ? n - 1 - i : i;
       if (state.threads[t].state == Thread::RUNS) resume(t), progress = true;
-      waiting += state.threads[t].state == Thread::AT_BARRIER;
-      ended += state.threads[t].state == Thread::ENDED;
     }
-    if (waiting && waiting + ended == n) {
-      for (int t = 0; t < n; ++t)
-        if (state.threads[t].state == Thread::AT_BARRIER) state.threads[t].state = Thread::RUNS;
-    } else if (!progress && ended < n) {
-      for (int t = 0; t < n; ++t)
-        if (state.threads[t].state != Thread::ENDED) state.current = t;
-      fail("deadlock: a barrier or a collective that not all threads reach", state.self().line);
-    }
+    for (int block = 0; block < state.cluster; ++block) settle(block * state.count, state.count, Thread::AT_BARRIER);
+    settle(0, n, Thread::AT_CLUSTER_BARRIER);
+    for (int t = 0; t < n && !progress; ++t) progress = state.threads[t].state == Thread::RUNS;
   }
+  for (int t = 0; t < n; ++t) {
+    if (state.threads[t].state == Thread::ENDED) continue;
+    state.current = t;
+    fail("deadlock: a barrier or a collective that not all threads reach", state.self().line);
+  }
+}
+
+inline cudaError_t launch(
+    const std::function<void()>& body, dim3 grid, unsigned cluster, dim3 block, size_t shared, cudaStream_t stream) {
+  auto& s = state;
+  if (stream != CALLERS_STREAM) return cudaErrorInvalidValue;
+  s.count = int(block.x * block.y * block.z), s.cluster = int(cluster);
+  if (s.count < 1 || s.count > MAX_THREADS || !grid.x || !grid.y || !grid.z) return cudaErrorInvalidValue;
+  if (s.cluster < 1 || s.cluster > MAX_CLUSTER || grid.x % cluster) return cudaErrorInvalidValue;
+  if (s.cluster > 1 && s.count % WARP) return cudaErrorInvalidValue;  // threads of a warp are 32 in a row
+  s.body = &body, s.block_dim = block, s.grid_dim = grid;
+  const uint64_t clusters = uint64_t(grid.x) * grid.y * grid.z / cluster;
+  const uint64_t first = s.first_block / cluster, last = std::min(s.last_block / cluster, clusters - 1);
+  for (uint64_t i = first; i <= last; ++i) {
+    for (unsigned rank = 0; rank < cluster; ++rank) {
+      const uint64_t b = (s.reverse ? first + last - i : i) * cluster + rank;
+      auto& [index, memory] = s.blocks[rank];
+      index = {unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / (uint64_t(grid.x) * grid.y))};
+      memory = shared ? static_cast<unsigned char*>(std::aligned_alloc(1024, (shared + 1023) / 1024 * 1024)) : nullptr;
+      if (memory) std::memset(memory, 0xff, shared);  // NaN in every type
+    }
+    run_cluster();
+    for (unsigned rank = 0; rank < cluster; ++rank) std::free(s.blocks[rank].shared);
+  }
+  return cudaSuccess;
 }
 
 // A step that a warp takes together, for shuffles, votes and matrix fragments. Each lane of `mask` brings an In and
@@ -193,7 +232,7 @@ Out warp_collective(
   Out* outs[WARP] = {};
   for (int l = 0; l < WARP; ++l) {
     if (!(mask >> l & 1)) continue;
-    if (first + l >= state.count) fail("a collective whose mask names lanes beyond the block", where.line());
+    if (first + l >= state.count * (state.rank + 1)) fail("a collective whose mask names lanes beyond the block", where.line());
     Thread& other = state.threads[first + l];
     if (other.state != Thread::IN_COLLECTIVE) {
       yield();  // the last to arrive sets this lane going again, its result in `out`
@@ -238,28 +277,8 @@ __attribute__((used)) inline void host_blocks(uint64_t first, uint64_t last) {
 }
 }
 
-template <class... P, class... A>
-cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream, A... arguments) {
-  auto& s = host::state;
-  if (stream != CALLERS_STREAM) return cudaErrorInvalidValue;
-  s.count = int(block.x * block.y * block.z);
-  if (s.count < 1 || s.count > host::MAX_THREADS || !grid.x || !grid.y || !grid.z) return cudaErrorInvalidValue;
-  const std::function<void()> body = [&] { kernel(P(arguments)...); };
-  s.body = &body, s.block_dim = block, s.grid_dim = grid;
-  const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z, last = s.last_block < blocks ? s.last_block : blocks - 1;
-  for (uint64_t i = s.first_block; i <= last; ++i) {
-    const uint64_t b = s.reverse ? s.first_block + last - i : i;
-    s.block = {unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / (uint64_t(grid.x) * grid.y))};
-    s.shared = shared ? static_cast<unsigned char*>(std::aligned_alloc(1024, (shared + 1023) / 1024 * 1024)) : nullptr;
-    if (s.shared) std::memset(s.shared, 0xff, shared);  // NaN in every type
-    host::run_block();
-    std::free(s.shared);
-  }
-  return cudaSuccess;
-}
-
 #define threadIdx (host::state.self().index)
-#define blockIdx (host::state.block)
+#define blockIdx (host::state.blocks[host::state.rank].index)
 #define blockDim (host::state.block_dim)
 #define gridDim (host::state.grid_dim)
 
@@ -268,6 +287,13 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, c
 inline void __syncthreads() {
   host::state.self().state = host::Thread::AT_BARRIER;
   host::yield();
+}
+
+// The pointer's counterpart in another block of the cluster.
+template <class T>
+T* host_peer(T* at, int rank) {
+  const auto offset = reinterpret_cast<const unsigned char*>(at) - host::state.shared;
+  return reinterpret_cast<T*>(host::state.blocks[rank].shared + offset);
 }
 
 inline void __syncwarp(unsigned mask = 0xffffffffu, HOST_WHERE) {

@@ -11,6 +11,15 @@
 
 #include "common.h"
 
+// One of the two 16-bit elements that a register holds.
+template <class T>
+__device__ __forceinline__ float element(uint32_t pair, int half) {
+  const uint16_t bits = uint16_t(pair >> 16 * half);
+  T x;
+  memcpy(&x, &bits, 2);
+  return to_float(x);
+}
+
 // d += a · b, of T = __half or __nv_bfloat16.
 template <class T>
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -22,21 +31,15 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const
   struct Product {
     float at[4];
   };
-  const auto element = [](uint32_t pair, int half) {
-    const uint16_t bits = uint16_t(pair >> 16 * half);
-    T x;
-    memcpy(&x, &bits, 2);
-    return to_float(x);
-  };
   const Product p = host::warp_collective<Product>(
       0xffffffffu, Operands{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}},
-      [element](const Operands* const* in, Product** out) {
+      [](const Operands* const* in, Product** out) {
         float left[16][16], right[16][8];
         for (int lane = 0; lane < WARP; ++lane) {
           const int g = lane / 4, t = lane % 4;
           for (int half = 0; half < 2; ++half) {
-            for (int r = 0; r < 4; ++r) left[g + r % 2 * 8][2 * t + r / 2 * 8 + half] = element(in[lane]->a[r], half);
-            for (int r = 0; r < 2; ++r) right[2 * t + r * 8 + half][g] = element(in[lane]->b[r], half);
+            for (int r = 0; r < 4; ++r) left[g + r % 2 * 8][2 * t + r / 2 * 8 + half] = element<T>(in[lane]->a[r], half);
+            for (int r = 0; r < 2; ++r) right[2 * t + r * 8 + half][g] = element<T>(in[lane]->b[r], half);
           }
         }
         for (int lane = 0; lane < WARP; ++lane)

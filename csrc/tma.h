@@ -102,13 +102,50 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
 #endif
 }
 
+// ---- Clusters: blocks that run together and reach each other's shared memory, by the same offsets ----
+
+__device__ __forceinline__ int cluster_rank() {
+#ifdef DCGAN_HOST
+  return host::state.rank;
+#else
+  int rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+#endif
+}
+
+// Until all threads of all of its blocks are here, and see what each has done.
+__device__ __forceinline__ void cluster_barrier() {
+#ifdef DCGAN_HOST
+  host::state.self().state = host::Thread::AT_CLUSTER_BARRIER;
+  host::yield();
+#else
+  asm volatile("barrier.cluster.arrive.release;\n barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
+// An arrival at the barrier's counterpart in block `rank`. It releases what was read, not what was written: to the whole
+// cluster a release would be a fence of the whole GPU.
+__device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, int rank) {
+#ifdef DCGAN_HOST
+  barrier_arrive(host_peer(barrier, rank));
+#else
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)), "r"(rank)
+      : "memory");
+#endif
+}
+
 // ---- TMA: a box of a tensor into shared memory, swizzled; what is outside of the tensor comes as zeros ----
 
-template <int RANK>
-__device__ __forceinline__ void load_box(void* to, const TensorMap& map, const int (&at)[RANK], uint64_t* barrier) {
 #ifdef DCGAN_HOST
-  if (map.rank != RANK || shared_address(to) % ATOM_BYTES) host::fail("a box that its map does not describe", __LINE__);
-  const int bytes = map.element_bytes;
+// Into the shared memory of each of the cluster's blocks from `first` to `last`, each element read once.
+template <int RANK>
+void host_load_box(
+    void* to, const TensorMap& map, const int (&at)[RANK], uint64_t* barrier, int first, int last) {
+  if (map.rank != RANK || map.element_bytes != 2 || shared_address(to) % ATOM_BYTES)
+    host::fail("a box that its map does not describe", __LINE__);
   int64_t count = 1;
   for (int d = 0; d < RANK; ++d) count *= map.box[d];
   for (int64_t i = 0; i < count; ++i) {
@@ -119,12 +156,21 @@ __device__ __forceinline__ void load_box(void* to, const TensorMap& map, const i
       inside = inside && index >= 0 && index < map.sizes[d];
       from += index * map.strides[d];
     }
-    unsigned char* element = host::state.shared + swizzled(shared_address(to) + uint32_t(i * bytes));
-    if (inside) memcpy(element, map.base + from, bytes);
-    else memset(element, 0, bytes);
+    const uint16_t element = inside ? *reinterpret_cast<const uint16_t*>(map.base + from) : 0;
+    for (int rank = first; rank <= last; ++rank)
+      memcpy(host::state.blocks[rank].shared + swizzled(shared_address(to) + uint32_t(2 * i)), &element, 2);
   }
-  auto& b = host_barrier(barrier);
-  b.bytes -= int32_t(count * bytes), b.settle();
+  for (int rank = first; rank <= last; ++rank) {
+    auto& b = host_barrier(host_peer(barrier, rank));
+    b.bytes -= int32_t(2 * count), b.settle();
+  }
+}
+#endif
+
+template <int RANK>
+__device__ __forceinline__ void load_box(void* to, const TensorMap& map, const int (&at)[RANK], uint64_t* barrier) {
+#ifdef DCGAN_HOST
+  host_load_box(to, map, at, barrier, host::state.rank, host::state.rank);
 #else
   const uint32_t shared = shared_address(to), signal = shared_address(barrier);
   if constexpr (RANK == 2)
@@ -140,5 +186,18 @@ __device__ __forceinline__ void load_box(void* to, const TensorMap& map, const i
                  "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];"
                  ::"r"(shared), "l"(&map), "r"(signal), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(at[4])
                  : "memory");
+#endif
+}
+
+// To the same place in each of the `cluster` blocks, where it counts towards the barrier's counterparts.
+__device__ __forceinline__ void load_box_to_all(
+    void* to, const TensorMap& map, const int (&at)[2], uint64_t* barrier, int cluster) {
+#ifdef DCGAN_HOST
+  host_load_box(to, map, at, barrier, 0, cluster - 1);
+#else
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+               "[%0], [%1, {%3, %4}], [%2], %5;"
+               ::"r"(shared_address(to)), "l"(&map), "r"(shared_address(barrier)), "r"(at[0]), "r"(at[1]),
+               "h"(uint16_t((1 << cluster) - 1)) : "memory");
 #endif
 }

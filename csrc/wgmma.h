@@ -1,11 +1,14 @@
-// wgmma: the product of a warpgroup's 64 rows, both operands in swizzled shared memory (see tma.h), on sm_90a.
+// wgmma: the product of a warpgroup's 64 rows, the left operand in registers, the right one in swizzled shared memory
+// (see tma.h), on sm_90a.
 //
-// a is (64, 16), k contiguous; b is (16, N), n contiguous or k contiguous; each by a descriptor (PTX ISA, "Matrix
-// descriptor" and "Strides"). Thread i of the warpgroup gets rows 16·(i / 32) + i % 32 / 4 (and that + 8) and columns
-// 8j + 2·(i % 4) (and that + 1): d[4j..4j+1] of the first row, d[4j+2..4j+3] of the second.
+// a is (64, 16): each warp has the fragment of its 16 rows, laid out as mma.h has it. b is (16, N), n contiguous or k
+// contiguous, by a descriptor (PTX ISA, "Matrix descriptor" and "Strides"). Thread i of the warpgroup gets rows
+// 16·(i / 32) + i % 32 / 4 (and that + 8) and columns 8j + 2·(i % 4) (and that + 1): d[4j..4j+1] of the first row,
+// d[4j+2..4j+3] of the second.
 #pragma once
 
-#include "tma.h"
+#include "async_copy.h"
+#include "mma.h"
 
 // What wgmma calls a matrix: where it starts, and how far its next atoms are. A K-major operand, whose rows of 128
 // bytes run along k, has only `stride`, from eight rows to the next. An MN-major one, whose rows run along m or n, has
@@ -51,15 +54,6 @@ __device__ __forceinline__ void wgmma_wait() {
 #endif
 }
 
-// A warpgroup takes more registers from the block's share, or gives some back.
-template <int REGISTERS, bool MORE>
-__device__ __forceinline__ void share_registers() {
-#ifndef DCGAN_HOST
-  if constexpr (MORE) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-  else asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-#endif
-}
-
 #ifndef DCGAN_HOST
 // clang-format off
 #define OUT_8(i)                                                                          \
@@ -75,40 +69,47 @@ __device__ __forceinline__ void share_registers() {
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define NAMES_128 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
-  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
-  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define WGMMA(n, type, names, a_at, b_at, major_at, ...)                                                         \
-  asm volatile("{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\n"                                                      \
-               "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" names "}, %" a_at ", %" b_at  \
-               ", add, 1, 1, 0, %" major_at ";\n}" : __VA_ARGS__ : "l"(a), "l"(b), "n"(int(MN_MAJOR_B)))
-#define WGMMA_OF(type)                                                                       \
-  if constexpr (N == 64) WGMMA("64", type, NAMES_32, "32", "33", "34", OUT_32(0));           \
-  else if constexpr (N == 128) WGMMA("128", type, NAMES_64, "64", "65", "66", OUT_64(0));    \
-  else WGMMA("256", type, NAMES_128, "128", "129", "130", OUT_64(0), OUT_64(64));
+#define WGMMA(n, type, names, a0, a1, a2, a3, b_at, major_at, ...)                                                 \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" names "}, "                      \
+               "{%" a0 ", %" a1 ", %" a2 ", %" a3 "}, %" b_at ", 1, 1, 1, %" major_at ";"                          \
+               : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(MN_MAJOR_B)))
+#define WGMMA_OF(type)                                                                          \
+  if constexpr (N == 64) WGMMA("64", type, NAMES_32, "32", "33", "34", "35", "36", "37", OUT_32(0)); \
+  else WGMMA("128", type, NAMES_64, "64", "65", "66", "67", "68", "69", OUT_64(0));
 // clang-format on
 #endif
 
-// d += a · b for k = 16; `a` and `b` are descriptors of this step's part.
+// d += a · b for k = 16. `a` is the fragment that `load_matrices` makes of a warp's 16 rows; `b` the descriptor of this
+// step's part.
 template <class T, int N, bool MN_MAJOR_B>
-__device__ __forceinline__ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b) {
-  static_assert(N == 64 || N == 128 || N == 256);
+__device__ __forceinline__ void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) {
+  static_assert(N == 64 || N == 128);
 #ifdef DCGAN_HOST
-  const int thread = host::state.current % 128, row = thread / WARP * 16 + thread % WARP / 4;
-  for (int half = 0; half < 2; ++half)
-    for (int j = 0; j < N / 8; ++j)
-      for (int e = 0; e < 2; ++e) {
-        float sum = 0;
+  struct Operands {
+    uint32_t a[4];
+    uint64_t b;
+  };
+  struct Product {
+    float at[N / 2];
+  };
+  const Product p = host::warp_collective<Product>(
+      0xffffffffu, Operands{{a[0], a[1], a[2], a[3]}, b}, [](const Operands* const* in, Product** out) {
+        float left[16][16], right[16][N];
+        for (int lane = 0; lane < WARP; ++lane)
+          for (int r = 0; r < 4; ++r)
+            for (int half = 0; half < 2; ++half)
+              left[lane / 4 + r % 2 * 8][lane % 4 * 2 + r / 2 * 8 + half] = element<T>(in[lane]->a[r], half);
         for (int k = 0; k < 16; ++k)
-          sum += described<T>(a, false, row + 8 * half, k) * described<T>(b, MN_MAJOR_B, 8 * j + thread % 4 * 2 + e, k);
-        d[4 * j + 2 * half + e] += sum;
-      }
+          for (int n = 0; n < N; ++n) right[k][n] = described<T>(in[0]->b, MN_MAJOR_B, n, k);
+        float sums[16][N] = {};
+        for (int row = 0; row < 16; ++row)
+          for (int k = 0; k < 16; ++k)
+            for (int n = 0; n < N; ++n) sums[row][n] += left[row][k] * right[k][n];
+        for (int lane = 0; lane < WARP; ++lane)
+          for (int i = 0; i < N / 2; ++i)
+            out[lane]->at[i] = sums[lane / 4 + i / 2 % 2 * 8][i / 4 * 8 + lane % 4 * 2 + i % 2];
+      });
+  for (int i = 0; i < N / 2; ++i) d[i] += p.at[i];
 #else
   if constexpr (std::is_same_v<T, __half>) {
     WGMMA_OF("f16")

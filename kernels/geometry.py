@@ -187,6 +187,20 @@ class Shares(NamedTuple):
     gradient: Tensor
 
 
+@dataclass(frozen=True)
+class CudaConfig:
+    """The tile of the extension's tensor-core products, of 128 pixels.
+
+    Args:
+        columns: output channels.
+        cluster: blocks, each with its own pixels, that load the weight together; or what of that divides the tiles, and
+            1 where there are no clusters.
+    """
+
+    columns: int
+    cluster: int = 1
+
+
 class Deferred(NamedTuple):
     """A map whose batch norm and activation are yet to be applied: a GEMM does so as it loads it, its prologue.
 

@@ -10,16 +10,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cuda_host import in_both_orders, on_host
+from cuda_products import MODES, check_product, epilogue_of
 from hypothesis import given
 from hypothesis import strategies as st
 from interpreter import assert_accurate, generated, tensor
 
 from kernels import reference
 from kernels._cuda import conv as products
-from kernels.geometry import Epilogue
+from kernels.geometry import CudaConfig, Epilogue
 
 OURS = {"conv": products.conv, "conv_transpose": products.conv_transpose}
-TWIN = {"conv": reference.conv, "conv_transpose": reference.conv_transpose}
+SERVED = [(mode, activation) for mode, activation in MODES if activation != "tanh"]
 BF16 = torch.bfloat16
 
 
@@ -36,85 +37,61 @@ def source(request, monkeypatch):
     return request.param
 
 
-def merged(partials):
-    values, counts = partials.values.double(), partials.counts.double()[:, :, None]
-    mean = (counts * values[0]).sum(1) / counts.sum(1)
-    return mean, (values[1] + counts * (values[0] - mean[:, None]).square()).sum(1)
-
-
-def check(kind, images, groups, height, width, into, out, columns=None, dtype=BF16, activation=None, mean=0.0, seed=0):
-    """Height and width are of the low side; statistics where there is no activation."""
-    generator = torch.Generator().manual_seed(seed)
-    size = (2 * height, 2 * width) if kind == "conv" else (height, width)
-    ends = (out, into) if kind == "conv" else (into, out)
-    x = tensor(generator, images * groups, *size, into, dtype=dtype)
-    weight = tensor(generator, ends[0], 4, 4, ends[1], dtype=dtype)
-    weight *= 0.25 / into**0.5
-    if mean:
-        weight += mean / into
-        x += 1
-    epilogue = Epilogue(activation, groups=groups) if activation else Epilogue(statistics=True, groups=groups)
-    y, partials = OURS[kind](x, weight, epilogue, config=columns)
-    twin, _ = TWIN[kind](x, weight, epilogue)
-    oracle, expected = TWIN[kind](x.double(), weight.double(), epilogue)
-    assert_accurate(y, twin, oracle, kind)
-    if activation:
-        assert partials is None
-        return
-    assert torch.equal(partials.counts.sum(1).double(), expected.counts[:, 0])
-    single, _ = TWIN[kind](x.float(), weight.float(), Epilogue())
-    theirs, exact = merged(reference.statistics(single, groups)), merged(expected)
-    for name, got, near, true in zip(("mean", "M2"), merged(partials), theirs, exact, strict=True):
-        assert_accurate(got.float(), near, true, f"{kind} {name}", terms=images * height * width)
+def check(kind, *shape, config=None, dtype=BF16, **epilogue):
+    check_product(OURS[kind], kind, dtype, *shape, config=config and CudaConfig(*config), **epilogue)
 
 
 @pytest.mark.parametrize("kind", OURS)
 @pytest.mark.parametrize(
-    "images, groups, height, width, into, out, columns",
+    "images, groups, height, width, into, out, config",
     [
-        pytest.param(2, 1, 8, 8, 64, 64, 64, id="one whole tile"),
-        pytest.param(1, 2, 4, 8, 64, 128, 128, id="two groups in tiles cut short"),
-        pytest.param(1, 1, 4, 4, 64, 256, 256, id="256 columns"),
-        pytest.param(2, 1, 4, 6, 128, 192, 128, id="two chunks, columns that hang over, a width of 6"),
-        pytest.param(1, 1, 5, 17, 64, 64, 64, id="two boxes across"),
+        pytest.param(2, 1, 8, 8, 64, 64, (64,), id="one whole tile"),
+        pytest.param(1, 2, 4, 8, 64, 128, (128, 2), id="two groups in tiles cut short, a cluster of both"),
+        pytest.param(2, 1, 4, 6, 128, 192, (128,), id="two chunks, columns that hang over, a width of 6"),
+        pytest.param(1, 1, 5, 17, 64, 64, (64, 2), id="two boxes across, a cluster"),
+        pytest.param(1, 2, 16, 16, 192, 64, (64, 4), id="three chunks, a cluster of four"),
+        pytest.param(3, 1, 4, 4, 64, 128, (128, 4), id="a cluster that does not divide the boxes"),
     ],
 )
-def test_shapes(kind, images, groups, height, width, into, out, columns, source):
-    columns = min(columns, max(products.COLUMNS[source]))
-    check(kind, images, groups, height, width, into, out, columns)
+def test_shapes(kind, images, groups, height, width, into, out, config, source):
+    check(kind, images, groups, height, width, into, out, config=config, mode="statistics")
 
 
-@pytest.mark.parametrize("kind, activation", [("conv", "relu"), ("conv_transpose", "leaky_relu"), ("conv", "none")])
-def test_activations(kind, activation, source):
-    check(kind, 1, 1, 4, 4, 64, 64, activation=activation)
+@pytest.mark.parametrize("kind", OURS)
+@pytest.mark.parametrize("mode, activation", SERVED)
+def test_epilogues(kind, mode, activation, source):
+    check(kind, 2, 2, 4, 6, 64, 128, mode=mode, activation=activation)
 
 
 def test_half_precision(source):
-    check("conv_transpose", 1, 1, 2, 2, 64, 64, dtype=torch.float16)
+    check("conv_transpose", 1, 1, 2, 2, 64, 64, dtype=torch.float16, mode="batch_norm_grad", activation="relu")
 
 
 def test_a_mean_far_from_zero_costs_no_variance():
-    check("conv_transpose", 2, 1, 8, 8, 64, 64, mean=4.0)
+    check("conv_transpose", 2, 1, 8, 8, 64, 64, mode="statistics", mean=4.0)
 
 
 @pytest.mark.long
 def test_generated(source):
     @given(
         st.sampled_from(sorted(OURS)), st.integers(1, 3), st.integers(1, 2), st.integers(1, 6), st.integers(1, 18),
-        st.integers(1, 2), st.integers(1, 3), st.sampled_from(["none", "relu", None]), st.integers(0, 2**31),
+        st.integers(1, 2), st.integers(1, 3), st.sampled_from(SERVED),
+        st.tuples(st.sampled_from(products.COLUMNS), st.sampled_from(products.CLUSTERS)), st.integers(0, 2**31),
     )  # fmt: skip
-    def one(kind, images, groups, height, width, into, out, activation, seed):
-        check(kind, images, groups, height, width, 64 * into, 64 * out, activation=activation, seed=seed)
+    def one(kind, images, groups, height, width, into, out, epilogue, config, seed):
+        mode, activation = epilogue
+        ends = 64 * into, 64 * out
+        check(kind, images, groups, height, width, *ends, config=config, mode=mode, activation=activation, seed=seed)
 
-    generated(one, 150)  # a tile takes a second
+    generated(one, 300)  # a tile takes a third of a second
 
 
-def test_columns_keep_every_sm_busy():
-    assert products.columns_of(512, 512) == 256  # D3 at 256 images
-    assert products.columns_of(16, 512) == 64  # G2: half as many tiles as SMs, were it 128
-    assert products.columns_of(10_000, 64) == 64
-    assert products.columns_of(512, 512, "sm80") == 128
+def test_defaults_keep_every_sm_busy():
+    assert products.default_config(512, 1, 256) == CudaConfig(128, 2)  # D3 at 256 images
+    assert products.default_config(16, 1, 512) == CudaConfig(64, 4)  # D4 at 128: half as many tiles as SMs, were it 128
+    assert products.default_config(10_000, 4, 64) == CudaConfig(64, 4)
     assert products.boxes(128, 16, 16) == 256 and products.box(4, 4) == (4, 4) and products.box(3, 40) == (4, 16)
+    assert [products.cluster_of(tiles, 4) for tiles in (8, 6, 5)] == [4, 2, 1]
 
 
 @pytest.mark.parametrize(
@@ -122,7 +99,7 @@ def test_columns_keep_every_sm_busy():
     [
         ("conv", (1, 8, 8, 64), (96, 4, 4, 64), None, BF16, "multiples of 64"),
         ("conv", (1, 8, 8, 64), (64, 4, 4, 64), None, torch.float32, "take bfloat16 and float16"),
-        ("conv_transpose", (1, 4, 4, 64), (64, 4, 4, 64), Epilogue("tanh"), BF16, "an epilogue of activation, tanh"),
+        ("conv_transpose", (1, 4, 4, 64), (64, 4, 4, 64), Epilogue("tanh"), BF16, "an epilogue with tanh"),
         ("wgrad", (1, 4, 4, 64), (1, 8, 8, 64), None, BF16, "weight gradient is of images"),
         ("conv", (1, 8, 8, 2), (64, 4, 4, 2), None, BF16, "2 image channels"),
     ],
@@ -144,30 +121,31 @@ def test_each_gpu_has_its_source(capability, expected, monkeypatch):
     assert products.source(torch.empty(0)) == "sm90"
 
 
-def test_a_tile_of_another_source_is_refused(monkeypatch):
-    monkeypatch.setattr(products, "source", lambda tensor: "sm80")
-    x, weight = torch.zeros(1, 8, 8, 64, dtype=BF16), torch.zeros(256, 4, 4, 64, dtype=BF16)
-    with pytest.raises(ValueError, match=r"config is 256: accepted on sm80 are \(128, 64\)"):
-        products.conv(x, weight, config=256)
-
-
 def test_threads_do_not_race(source):
+    """Turned around, blocks and threads give the same bits; so do clusters of other sizes, which change who loads what."""
     generator = torch.Generator().manual_seed(0)
-    x, weight = tensor(generator, 2, 8, 8, 64, dtype=BF16), tensor(generator, 64, 4, 4, 64, dtype=BF16)
+    x, weight = tensor(generator, 4, 8, 8, 64, dtype=BF16), tensor(generator, 64, 4, 4, 64, dtype=BF16)
 
-    def run():
-        return [t for kernel in OURS.values() for t in flat(kernel(x, weight, Epilogue(statistics=True, groups=2)))]
+    def run(cluster=4):
+        found = []
+        for kind, kernel in OURS.items():
+            shape = (4, 4, 4, 64) if kind == "conv" else (4, 16, 16, 64)
+            for mode in ("statistics", "batch_norm_grad"):
+                epilogue = epilogue_of(torch.Generator().manual_seed(1), mode, "none", 4, shape, BF16)
+                y, partials = kernel(x, weight, epilogue, config=CudaConfig(64, cluster))
+                found += [y, *(t for t in partials if t is not None)]
+        return found
 
-    def flat(result):
-        return result[0], *result[1]
-
-    assert all(torch.equal(*pair) for pair in zip(*in_both_orders(run), strict=True))
+    ordered, reversed_ = in_both_orders(run)
+    assert all(torch.equal(*pair) for pair in zip(ordered, reversed_, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(ordered, run(1), strict=True))
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"config": 96}, "config is 96: accepted on sm90 are"),
+        ({"config": CudaConfig(96)}, r"config is CudaConfig\(columns=96, cluster=1\): accepted are \(128, 64\) columns"),
+        ({"config": CudaConfig(64, 3)}, r"clusters of \(1, 2, 4, 8\)"),
         ({"precision": "bf16"}, "precision is 'bf16'"),
         ({"epilogue": Epilogue(statistics=True, groups=2)}, "groups is 2"),
     ],

@@ -3,17 +3,16 @@
 import pytest
 import torch
 from cuda_host import in_both_orders, on_host
+from cuda_products import DTYPES, MODES, check_product, epilogue_of
 from hypothesis import given
 from hypothesis import strategies as st
-from interpreter import assert_accurate, fenced, generated, tensor
+from interpreter import assert_accurate, generated, tensor
 
 from kernels import reference
 from kernels._cuda import image
 from kernels.geometry import Epilogue
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OURS = {"conv": image.conv, "conv_transpose": image.conv_transpose}
-TWIN = {"conv": reference.conv, "conv_transpose": reference.conv_transpose}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -22,63 +21,15 @@ def host():
         yield
 
 
-def doubled(epilogue):
-    parts = {name: t.double() for name in ("saved", "state") if (t := getattr(epilogue, name)) is not None}
-    return Epilogue(epilogue.activation, epilogue.slope, epilogue.groups, epilogue.statistics, **parts)
-
-
-def epilogue_of(generator, mode, activation, groups, shape, dtype):
-    if mode == "statistics":
-        return Epilogue(statistics=True, groups=groups)
-    if mode == "activation":
-        return Epilogue(activation, groups=groups)
-    saved = tensor(generator, *shape, dtype=dtype)
-    if mode == "activation_grad":
-        return Epilogue(activation, groups=groups, saved=fenced(saved.tanh()) if activation == "tanh" else saved)
-    state = reference.merge_statistics(
-        reference.statistics(saved, groups), *(tensor(generator, shape[3]) for _ in range(2))
-    )
-    return Epilogue(activation, groups=groups, saved=saved, state=fenced(state))
-
-
-def merged(partials, groups):
-    """Partials of any number of tiles as one tile a group, in float64."""
-    values = partials.values.double()
-    if partials.counts is None:
-        return values.sum(2)
-    counts = partials.counts.double()[:, :, None]
-    mean = (counts * values[0]).sum(1) / counts.sum(1)
-    return torch.stack([mean, (values[1] + counts * (values[0] - mean[:, None]).square()).sum(1)])
-
-
-def check_conv(
-    kind, dtype, channels, images, groups, height, width, many, mode="activation", activation="none", seed=0
-):
+def check_conv(kind, dtype, channels, images, groups, height, width, many, *epilogue, seed=0, **options):
     """One convolution; height and width are of the map of `many` channels, `channels` the image's."""
-    generator = torch.Generator().manual_seed(seed)
-    batch, high, low = images * groups, (2 * height, 2 * width), (height, width)
-    x_size, y_size, into, out = (high, low, channels, many) if kind == "conv" else (low, high, many, channels)
-    x = tensor(generator, batch, *x_size, into, dtype=dtype)
-    weight = tensor(generator, many, 4, 4, channels, dtype=dtype)
-    weight *= 0.25 / into**0.5
-    epilogue = epilogue_of(generator, mode, activation, groups, (batch, *y_size, out), dtype)
-    y, partials = OURS[kind](x, weight, epilogue)
-    twin, twin_partials = TWIN[kind](x, weight, epilogue)
-    oracle, oracle_partials = TWIN[kind](x.double(), weight.double(), doubled(epilogue))
-    assert_accurate(y, twin, oracle, kind)
-    if mode == "statistics":
-        found = [merged(p, groups) for p in (partials, twin_partials, oracle_partials)]
-        for name, ours, theirs, exact in zip(("mean", "M2"), *found, strict=True):  # of the rounded output
-            assert_accurate(ours.to(dtype), theirs, exact, f"{kind} {name}", terms=batch * y_size[0] * y_size[1])
-    elif mode == "batch_norm_grad":
-        ours, theirs, exact = (merged(p, groups) for p in (partials, twin_partials, oracle_partials))
-        # terms of either sign cancel, so the bar grows with them, not with their sum; a second pass sees them rounded
-        terms, seen = images * y_size[0] * y_size[1], torch.float32 if kind == "conv" else dtype
-        spread = 8 * torch.finfo(seen).eps * terms**0.5 * oracle.abs().max()
-        error, allowed = (ours - exact).abs().max(), 2 * (theirs - exact).abs().max() + spread
-        assert error <= allowed, f"{kind} sums: error {error:.3g}, allowed {allowed:.3g}"
-    else:
-        assert partials is None
+    ends = (channels, many) if kind == "conv" else (many, channels)
+    mode = epilogue[0] if epilogue else "activation"
+    # sums of a second pass see the product rounded
+    sums_of = None if mode == "batch_norm_grad" and kind == "conv" else dtype
+    check_product(
+        OURS[kind], kind, dtype, images, groups, height, width, *ends, *epilogue, sums_of=sums_of, seed=seed, **options
+    )
 
 
 def check_wgrad(dtype, channels, images, height, width, many, seed=0):
@@ -115,19 +66,7 @@ def test_shapes(channels, images, height, width, many):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", OURS)
-@pytest.mark.parametrize(
-    "mode, activation",
-    [
-        ("activation", "relu"),
-        ("activation", "tanh"),
-        ("activation_grad", "leaky_relu"),
-        ("activation_grad", "tanh"),
-        ("batch_norm_grad", "relu"),
-        ("batch_norm_grad", "leaky_relu"),
-        ("batch_norm_grad", "none"),
-        ("statistics", "none"),
-    ],
-)
+@pytest.mark.parametrize("mode, activation", MODES)
 def test_epilogues(kind, mode, activation, dtype):
     check_conv(kind, DTYPES[dtype], 3, 2, 2, 6, 10, 40, mode, activation)
 

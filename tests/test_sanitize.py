@@ -260,7 +260,7 @@ def test_cases_call_every_op_of_the_extension(case, ops, monkeypatch):
     """With the ops counted and not run: an op fills tensors that it is given."""
     called = set()
     monkeypatch.setattr(launch, "launch", lambda op, *arguments: called.add(op))
-    for source in conv.COLUMNS:  # as on either kind of GPU
+    for source in conv.SMS:  # as on either kind of GPU
         monkeypatch.setattr(conv, "source", lambda tensor, source=source: source)
         catalogue.run("cuda", case, torch.device("cpu"))
     assert set(ops.split()) <= called

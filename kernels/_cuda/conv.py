@@ -1,7 +1,7 @@
 """The k4 s2 p1 products by the extension: the RGB ends, and between maps of many channels on the tensor cores.
 
-The latter, csrc/conv_sm90.cu and csrc/conv_sm80.cu, are the challenger to Triton's and cuDNN's: forward passes in 16
-bits, channels in multiples of 64. `missing` says what the extension leaves to other backends.
+The latter, csrc/conv_sm90.cu and csrc/conv_sm80.cu, are the challenger to Triton's and cuDNN's: forward passes and data
+gradients in 16 bits, channels in multiples of 64. `missing` says what the extension leaves to other backends.
 """
 
 import torch
@@ -11,14 +11,16 @@ from kernels._cuda import image
 from kernels._cuda import launch as _launch
 from kernels._cuda.epilogue import check_conv, check_conv_transpose, check_epilogue, output
 from kernels._cuda.launch import DTYPES, slope_of
-from kernels.geometry import Epilogue, Partials, Shares
+from kernels.geometry import CudaConfig, Epilogue, Partials, Shares
 
 TILE_PIXELS, DEPTH = 128, 64
 """As in csrc/conv_tile.h: pixels of a tile, and how many input channels it takes at a time."""
-COLUMNS = {"sm90": (256, 128, 64), "sm80": (128, 64)}
-"""Output channels of a tile, by the source that has it: for capability 9.0 alone, and from 8.0 on."""
+COLUMNS, CLUSTERS = (128, 64), (1, 2, 4, 8)
+"""Of a `CudaConfig`."""
+LIKELY_CLUSTER = {128: 2, 64: 4}
+"""By columns: what L2 then has to give is within what it is taken to have (docs/cuda_convolution.md)."""
 SMS = {"sm90": 132, "sm80": 108}
-"""Of the largest chips, H200 and A100: a tile is chosen so that each has one."""
+"""Of the largest chips that run a source, H200 and A100: a tile is chosen so that each has one."""
 PRECISIONS = ("ieee", "tf32")
 
 
@@ -38,9 +40,8 @@ def missing(kernel: str, first: Tensor, second: Tensor, epilogue: Epilogue | Non
         return "float32: the extension's tensor-core convolutions take bfloat16 and float16"
     if low % DEPTH or high % DEPTH:
         return f"{low} × {high} channels: the extension's tensor-core convolutions take multiples of {DEPTH}"
-    mode = (epilogue or Epilogue()).mode
-    if mode not in ("statistics", "activation") or (epilogue and epilogue.activation == "tanh"):
-        return f"an epilogue of {mode}, {epilogue.activation}: the extension's are statistics and (leaky) ReLU"
+    if epilogue and epilogue.activation == "tanh":
+        return "an epilogue with tanh: the extension's tensor-core convolutions have (leaky) ReLU"
     return None
 
 
@@ -62,39 +63,49 @@ def boxes(images: int, height: int, width: int) -> int:
     return -(-images // (TILE_PIXELS // (h * w))) * -(-height // h) * -(-width // w)
 
 
-def columns_of(tiles: int, out: int, source: str = "sm90") -> int:
-    """Output channels of a tile, where `tiles` boxes (and phases) are to be computed: as many as keep every SM busy."""
-    fitting = [c for c in COLUMNS[source] if c <= out]
-    return next((c for c in fitting if tiles * -(-out // c) >= 0.9 * SMS[source]), fitting[-1])
+def cluster_of(tiles: int, most: int) -> int:
+    """The largest cluster of at most `most` blocks that divides a launch's boxes of pixels."""
+    return max(c for c in CLUSTERS if c <= most and tiles % c == 0)
+
+
+def default_config(tiles: int, phases: int, out: int, source: str = "sm90") -> CudaConfig:
+    """As many columns as leave every SM a tile, of `tiles` boxes of pixels in each of `phases`, and a likely cluster."""
+    fitting = [c for c in COLUMNS if c <= out]
+    columns = next((c for c in fitting if tiles * phases * -(-out // c) >= 0.9 * SMS[source]), fitting[-1])
+    return CudaConfig(columns, LIKELY_CLUSTER[columns])
 
 
 def _product(
-    kernel: str, x: Tensor, weight: Tensor, e: Epilogue, sizes: tuple[int, ...], columns: int | None, to: Tensor | None
-) -> tuple[Tensor, Partials | None]:
+    kernel: str, x: Tensor, weight: Tensor, e: Epilogue, sizes: tuple[int, ...], config: CudaConfig | None,
+    to: Tensor | None,
+) -> tuple[Tensor, Partials | None]:  # fmt: skip
     images, height, width, into, out = sizes
     scale = 2 if kernel == "conv_transpose" else 1
     y = output(to, (images, scale * height, scale * width, out), x, x.dtype)
     check_epilogue(e, y, images)
-    tiles = boxes(images // e.groups, height, width) * scale**2
+    per_group, phases = boxes(images // e.groups, height, width), scale**2
     values = counts = None
-    if e.statistics:
-        values = y.new_empty((2, e.groups, tiles, out), dtype=torch.float32)
-        counts = values.new_empty((e.groups, tiles))
-    made_for = source(x)
-    columns = columns or columns_of(e.groups * tiles, out, made_for)
-    if columns not in COLUMNS[made_for]:
-        raise ValueError(
-            f"config is {columns}: accepted on {made_for} are {COLUMNS[made_for]} output channels of a tile"
-        )
-    sizes = (images, e.groups, height, width, into, out, *box(height, width), columns)
-    op = f"{kernel}_{made_for}"
-    _launch.launch(op, x, weight, y, values, counts, DTYPES[x.dtype], *sizes, slope_of(e.activation, e.slope))
-    return y, Partials(values, counts) if e.statistics else None
+    if e.sums:
+        values = y.new_empty((2, e.groups, per_group * phases, out), dtype=torch.float32)
+        counts = values.new_empty(values.shape[1:3]) if e.statistics else None
+    made_for, tiles = source(x), e.groups * per_group
+    config = config or default_config(tiles, phases, out, made_for)
+    if config.columns not in COLUMNS or config.cluster not in CLUSTERS:
+        raise ValueError(f"config is {config}: accepted are {COLUMNS} columns and clusters of {CLUSTERS}")
+    tile = (*box(height, width), config.columns)
+    if made_for == "sm90":
+        tile = (*tile, cluster_of(tiles, config.cluster))
+    _launch.launch(
+        f"{kernel}_{made_for}", x, weight, y, e.saved, e.state, values, counts, DTYPES[x.dtype], images, e.groups,
+        height, width, into, out, *tile, slope_of(e.activation, e.slope),
+    )  # fmt: skip
+    return y, Partials(values, counts) if e.sums else None
 
 
 def conv(
-    x: Tensor, weight: Tensor, epilogue: Epilogue | None = None, precision: str = "ieee", config: int | None = None
-) -> tuple[Tensor, Partials | None]:
+    x: Tensor, weight: Tensor, epilogue: Epilogue | None = None, precision: str = "ieee",
+    config: CudaConfig | None = None,
+) -> tuple[Tensor, Partials | None]:  # fmt: skip
     """Convolution of kernel 4, stride 2, padding 1, without bias, and its epilogue.
 
     Args:
@@ -102,7 +113,7 @@ def conv(
         weight: (O, 4, 4, C) of x's dtype, contiguous: the layout that all products of a layer share.
         epilogue: what happens to the accumulator; kept as it is where None.
         precision: of float32 products: `ieee`, or `tf32`, which allows less and is not made use of.
-        config: output channels of a tile on the tensor cores, one of `COLUMNS`; a default where None.
+        config: the tile on the tensor cores, of `COLUMNS` and `CLUSTERS`; a default where None.
 
     Returns:
         y (N, H, W, O) of x's dtype, and the tiles' `Partials` where the epilogue takes sums: an epilogue's `merge` is
@@ -119,8 +130,8 @@ def conv(
 
 
 def conv_transpose(
-    x: Tensor, weight: Tensor, epilogue: Epilogue | None = None, precision: str = "ieee", config: int | None = None,
-    out: Tensor | None = None,
+    x: Tensor, weight: Tensor, epilogue: Epilogue | None = None, precision: str = "ieee",
+    config: CudaConfig | None = None, out: Tensor | None = None,
 ) -> tuple[Tensor, Partials | None]:  # fmt: skip
     """Transposed convolution of kernel 4, stride 2, padding 1, without bias, and its epilogue.
 
@@ -134,7 +145,7 @@ def conv_transpose(
 
 
 def wgrad(
-    low: Tensor, high: Tensor, precision: str = "ieee", config: int | None = None, out: Tensor | None = None,
+    low: Tensor, high: Tensor, precision: str = "ieee", config: None = None, out: Tensor | None = None,
     pending: list[Shares] | None = None,
 ) -> Tensor:  # fmt: skip
     """Weight gradient (L, 4, 4, C) float32 of low (N, H, W, L) and an image high (N, 2H, 2W, C); in `out` if given.
