@@ -20,6 +20,7 @@
 #include "conv.h"
 #include "head.h"
 #include "image.h"
+#include "shares.h"
 
 // Weak, so that a torch without CUDA can load the extension, for the tests; there it is null.
 #pragma weak aoti_torch_get_current_cuda_stream
@@ -158,7 +159,10 @@ struct Op<Function> {
       "columns cluster slope") \
   OP(conv_transpose_sm90, "x w y saved state values counts dtype images groups height width into out box_height " \
       "box_width columns cluster slope") \
-  OP(image_wgrad, "low high shares gradient dtype images height width image_channels channels split") \
+  OP(wgrad_sm90, "low high shares dtype images height width low_channels high_channels box_height box_width columns " \
+      "cluster split") \
+  OP(image_wgrad, "low high shares dtype images height width image_channels channels split") \
+  OP(sum_shares, "shares gradient size split") \
   OP(adam, "table blocks step flags loss_scale programs copy_dtype step_is_float move_scale lr beta1 beta2 eps " \
       "growth backoff interval")
 

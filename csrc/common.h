@@ -129,3 +129,9 @@ template <class T>
 constexpr T cdiv(T a, T b) {
   return (a + b - 1) / b;
 }
+
+inline int log2_of(int64_t power) {
+  int log = 0;
+  while (int64_t(1) << log < power) ++log;
+  return log;
+}

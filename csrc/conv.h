@@ -36,4 +36,12 @@ cudaError_t conv_transpose_sm90(
     Maybe<float> values, Maybe<float> counts, int64_t dtype, int64_t images, int64_t groups, int64_t height,
     int64_t width, int64_t into, int64_t out, int64_t box_height, int64_t box_width, int64_t columns, int64_t cluster,
     double slope);
+
+// shares (split, L, 4, 4, C) fp32, which add up to the weight's gradient (shares.h), from low (N, H, W, L) and
+// high (N, 2H, 2W, C). A box is of 64 low pixels, `columns` are of L, and a cluster of 1, 2 or 4 blocks has the same
+// pixels and columns, and other taps.
+cudaError_t wgrad_sm90(
+    cudaStream_t stream, const void* low, const void* high, float* shares, int64_t dtype, int64_t images,
+    int64_t height, int64_t width, int64_t low_channels, int64_t high_channels, int64_t box_height, int64_t box_width,
+    int64_t columns, int64_t cluster, int64_t split);
 }

@@ -189,46 +189,6 @@ __global__ void __launch_bounds__(THREADS, Plan<COLUMNS>::BLOCKS)
 #endif
 }
 
-// `base` seen as a tensor of these sizes, innermost first, read box by box of 128-byte rows.
-template <class T>
-cudaError_t make_map(
-    TensorMap& map, const void* base, int rank, const int64_t (&sizes)[MAX_RANK], const int (&box)[MAX_RANK]) {
-#ifdef DCGAN_HOST
-  map = {static_cast<const unsigned char*>(base), rank, sizeof(T), {}, {}, {}};
-  int64_t stride = sizeof(T);
-  for (int d = 0; d < rank; stride *= sizes[d++])
-    map.sizes[d] = sizes[d], map.strides[d] = stride, map.box[d] = box[d];
-  return cudaSuccess;
-#else
-  using Encode = CUresult(
-      CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
-      const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-  static Encode* encode = nullptr;  // of the driver, which the extension does not link
-  if (!encode) {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult status;
-    const auto error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status);
-    if (error != cudaSuccess) return error;
-    if (status != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
-    encode = reinterpret_cast<Encode*>(found);
-  }
-  cuuint64_t extents[MAX_RANK], strides[MAX_RANK];
-  cuuint32_t boxes[MAX_RANK], steps[MAX_RANK];
-  cuuint64_t stride = sizeof(T);
-  for (int d = 0; d < rank; ++d) {
-    extents[d] = cuuint64_t(sizes[d]), boxes[d] = cuuint32_t(box[d]), steps[d] = 1;
-    stride *= extents[d], strides[d] = stride;  // of the next dimension: the innermost's is not given
-  }
-  const auto type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const CUresult result = encode(
-      &map, type, cuuint32_t(rank), const_cast<void*>(base), extents, strides, boxes, steps,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-#endif
-}
-
 template <class T, int COLUMNS, bool TRANSPOSED>
 cudaError_t run(
     cudaStream_t stream, const void* x, const void* w, const ConvShape& s, const ConvOutput<T>& out, int cluster) {
@@ -252,12 +212,8 @@ cudaError_t run(
   if (error != cudaSuccess) return error;
   const unsigned grid = unsigned(s.groups) * s.boxes() * s.phases * cdiv(s.out, COLUMNS);
   const auto kernel = conv_sm90_kernel<T, COLUMNS, TRANSPOSED>;
-#ifndef DCGAN_HOST
-  cudaFuncAttributes found;  // built for 9.0 and not 9.0a, the kernel is empty: no room even for its accumulator
-  error = cudaFuncGetAttributes(&found, reinterpret_cast<const void*>(kernel));
+  error = built_for_sm90a(reinterpret_cast<const void*>(kernel), COLUMNS);
   if (error != cudaSuccess) return error;
-  if (found.numRegs < COLUMNS / 2) return cudaErrorNoKernelImageForDevice;
-#endif
   const Arguments<T> a{s, out, cluster, part, rows, plane_bytes, P::stages(plane_bytes)};
   return launch(kernel, Grid(grid, unsigned(cluster)), THREADS, P::total(plane_bytes), stream, pixels, weights, a);
 }

@@ -17,12 +17,6 @@ struct ConvShape {
   __host__ __device__ int boxes() const { return deep * down * across; }
 };
 
-inline int log2_of(int64_t power) {
-  int log = 0;
-  while (int64_t(1) << log < power) ++log;
-  return log;
-}
-
 inline ConvShape conv_shape(
     int64_t images, int64_t groups, int64_t height, int64_t width, int64_t into, int64_t out, int64_t box_height,
     int64_t box_width, bool transposed) {

@@ -23,9 +23,9 @@ cudaError_t image_conv_transpose(
     cudaStream_t stream, const void* x, const void* w, void* y, Maybe<const void> saved, int64_t dtype, int64_t images,
     int64_t height, int64_t width, int64_t image_channels, int64_t channels, int64_t tanh, double slope);
 
-// gradient (channels, 4, 4, image_channels) fp32, from low (N, H, W, channels) and high (N, 2H, 2W, image_channels);
-// shares (split, channels, 4, 4, image_channels) fp32 are workspace: what each block column of `split` contributes.
+// shares (split, channels, 4, 4, image_channels) fp32, which add up to the weight's gradient (shares.h), from
+// low (N, H, W, channels) and high (N, 2H, 2W, image_channels): what each block column of `split` contributes.
 cudaError_t image_wgrad(
-    cudaStream_t stream, const void* low, const void* high, float* shares, float* gradient, int64_t dtype,
-    int64_t images, int64_t height, int64_t width, int64_t image_channels, int64_t channels, int64_t split);
+    cudaStream_t stream, const void* low, const void* high, float* shares, int64_t dtype, int64_t images,
+    int64_t height, int64_t width, int64_t image_channels, int64_t channels, int64_t split);
 }

@@ -6,7 +6,6 @@ namespace {
 constexpr int THREADS = 128, WARPS = THREADS / WARP;
 constexpr int BLOCK_CHANNELS = 64;  // a quad's row: eight threads of eight channels
 constexpr int blocks_an_sm(int image_channels) { return image_channels == 4 ? 2 : 3; }  // what the registers allow
-constexpr int SUMMED = 32;  // elements a block of sum_shares owns
 
 template <class T>
 struct Arguments {
@@ -119,35 +118,13 @@ __global__ void __launch_bounds__(THREADS, blocks_an_sm(C)) image_wgrad_kernel(A
   for (int i = threadIdx.x; i < least(left, BLOCK_CHANNELS) * 16 * C; i += THREADS) share[i] = total[i];
 }
 
-// out[i] = Σ_s shares[s,i].
-//
-// Tile: 32 elements; a warp adds every eighth share in order, and one warp the eight sums in order.
-// Bytes: 4·(split + 1) an element, out of L2, as the shares were just written.
-// Accumulates in fp32, in an order that `split` alone decides.
-// Beats float atomics, whose order differs from run to run.
-__global__ void sum_shares(const float* shares, float* out, int64_t size, int64_t split) {
-  __shared__ float sums[8][SUMMED];
-  const int lane = threadIdx.x % SUMMED, part = threadIdx.x / SUMMED;
-  const int64_t i = int64_t(blockIdx.x) * SUMMED + lane;
-  float sum = 0;
-  if (i < size) {
-#pragma unroll 4
-    for (int64_t s = part; s < split; s += 8) sum += shares[s * size + i];
-  }
-  sums[part][lane] = sum;
-  __syncthreads();
-  if (part || i >= size) return;
-  for (int other = 1; other < 8; ++other) sum += sums[other][lane];
-  out[i] = sum;
-}
-
 }  // namespace
 
 cudaError_t image_wgrad(
-    cudaStream_t stream, const void* low, const void* high, float* shares, float* gradient, int64_t dtype,
-    int64_t images, int64_t height, int64_t width, int64_t image_channels, int64_t channels, int64_t split) {
+    cudaStream_t stream, const void* low, const void* high, float* shares, int64_t dtype, int64_t images,
+    int64_t height, int64_t width, int64_t image_channels, int64_t channels, int64_t split) {
   const Boxes boxes = image_boxes(images, height, width);
-  const auto error = by_dtype(dtype, [&]<class T>() {
+  return by_dtype(dtype, [&]<class T>() {
     const Arguments<T> a{
         static_cast<const T*>(low), static_cast<const T*>(high), shares, boxes, images, int(channels)};
     return by_image_channels(image_channels, [&]<int C>() {
@@ -155,8 +132,4 @@ cudaError_t image_wgrad(
       return launch(image_wgrad_kernel<T, C>, grid, THREADS, 0, stream, a);
     });
   });
-  if (error != cudaSuccess) return error;
-  const int64_t size = channels * 16 * image_channels;
-  const auto blocks = unsigned(cdiv<int64_t>(size, SUMMED));
-  return launch(sum_shares, blocks, 8 * SUMMED, 0, stream, shares, gradient, size, split);
 }

@@ -190,14 +190,76 @@ __device__ __forceinline__ void load_box(void* to, const TensorMap& map, const i
 }
 
 // To the same place in each of the `cluster` blocks, where it counts towards the barrier's counterparts.
+template <int RANK>
 __device__ __forceinline__ void load_box_to_all(
-    void* to, const TensorMap& map, const int (&at)[2], uint64_t* barrier, int cluster) {
+    void* to, const TensorMap& map, const int (&at)[RANK], uint64_t* barrier, int cluster) {
+  static_assert(RANK == 2 || RANK == 4);
 #ifdef DCGAN_HOST
   host_load_box(to, map, at, barrier, 0, cluster - 1);
 #else
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-               "[%0], [%1, {%3, %4}], [%2], %5;"
-               ::"r"(shared_address(to)), "l"(&map), "r"(shared_address(barrier)), "r"(at[0]), "r"(at[1]),
-               "h"(uint16_t((1 << cluster) - 1)) : "memory");
+  const uint32_t shared = shared_address(to), signal = shared_address(barrier);
+  const auto all = uint16_t((1 << cluster) - 1);
+  if constexpr (RANK == 2)
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+                 "[%0], [%1, {%3, %4}], [%2], %5;"
+                 ::"r"(shared), "l"(&map), "r"(signal), "r"(at[0]), "r"(at[1]), "h"(all) : "memory");
+  else
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+                 "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;"
+                 ::"r"(shared), "l"(&map), "r"(signal), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "h"(all)
+                 : "memory");
+#endif
+}
+
+// ---- On the host ----
+
+// `base` seen as a tensor of these sizes, innermost first, read box by box of 128-byte rows.
+template <class T>
+cudaError_t make_map(
+    TensorMap& map, const void* base, int rank, const int64_t (&sizes)[MAX_RANK], const int (&box)[MAX_RANK]) {
+#ifdef DCGAN_HOST
+  map = {static_cast<const unsigned char*>(base), rank, sizeof(T), {}, {}, {}};
+  int64_t stride = sizeof(T);
+  for (int d = 0; d < rank; stride *= sizes[d++])
+    map.sizes[d] = sizes[d], map.strides[d] = stride, map.box[d] = box[d];
+  return cudaSuccess;
+#else
+  using Encode = CUresult(
+      CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
+      const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+  static Encode* encode = nullptr;  // of the driver, which the extension does not link
+  if (!encode) {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult status;
+    const auto error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status);
+    if (error != cudaSuccess) return error;
+    if (status != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+    encode = reinterpret_cast<Encode*>(found);
+  }
+  cuuint64_t extents[MAX_RANK], strides[MAX_RANK];
+  cuuint32_t boxes[MAX_RANK], steps[MAX_RANK];
+  cuuint64_t stride = sizeof(T);
+  for (int d = 0; d < rank; ++d) {
+    extents[d] = cuuint64_t(sizes[d]), boxes[d] = cuuint32_t(box[d]), steps[d] = 1;
+    stride *= extents[d], strides[d] = stride;  // of the next dimension: the innermost's is not given
+  }
+  const auto type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const CUresult result = encode(
+      &map, type, cuuint32_t(rank), const_cast<void*>(base), extents, strides, boxes, steps,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+#endif
+}
+
+// Whether a kernel was compiled empty, for 9.0 and not 9.0a: it then has not even the registers of its accumulator.
+inline cudaError_t built_for_sm90a([[maybe_unused]] const void* kernel, [[maybe_unused]] int accumulators) {
+#ifdef DCGAN_HOST
+  return cudaSuccess;
+#else
+  cudaFuncAttributes found;
+  const auto error = cudaFuncGetAttributes(&found, kernel);
+  return error != cudaSuccess ? error : found.numRegs < accumulators ? cudaErrorNoKernelImageForDevice : cudaSuccess;
 #endif
 }

@@ -54,6 +54,15 @@ __device__ __forceinline__ void wgmma_wait() {
 #endif
 }
 
+// A warpgroup takes more registers from the block's share, or gives some back.
+template <int REGISTERS, bool MORE>
+__device__ __forceinline__ void share_registers() {
+#ifndef DCGAN_HOST
+  if constexpr (MORE) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+  else asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+#endif
+}
+
 #ifndef DCGAN_HOST
 // clang-format off
 #define OUT_8(i)                                                                          \

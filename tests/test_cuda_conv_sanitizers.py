@@ -11,7 +11,16 @@ if os.environ.get("DCGAN_TEST_HOST"):
 from cuda_host import CSRC, SANITIZE, compile_host, finish
 from test_cuda_sanitizers import HERE, sanitized
 
-SOURCES = ("image_conv", "image_conv_transpose", "image_wgrad", "conv_sm80", "conv_sm90", "batch_norm")
+SOURCES = (
+    "image_conv",
+    "image_conv_transpose",
+    "image_wgrad",
+    "conv_sm80",
+    "conv_sm90",
+    "wgrad_sm90",
+    "shares",
+    "batch_norm",
+)
 
 
 @pytest.mark.long

@@ -1,7 +1,7 @@
 """The k4 s2 p1 products by the extension: the RGB ends, and between maps of many channels on the tensor cores.
 
-The latter, csrc/conv_sm90.cu and csrc/conv_sm80.cu, are the challenger to Triton's and cuDNN's: forward passes and data
-gradients in 16 bits, channels in multiples of 64. `missing` says what the extension leaves to other backends.
+The latter, csrc/conv_sm90.cu, wgrad_sm90.cu and conv_sm80.cu, are the challenger to Triton's and cuDNN's, in 16 bits
+and for channels in multiples of 64. `missing` says what the extension leaves to other backends.
 """
 
 import torch
@@ -9,18 +9,23 @@ from torch import Tensor
 
 from kernels._cuda import image
 from kernels._cuda import launch as _launch
-from kernels._cuda.epilogue import check_conv, check_conv_transpose, check_epilogue, output
+from kernels._cuda.epilogue import check_conv, check_conv_transpose, check_epilogue, check_wgrad, output
 from kernels._cuda.launch import DTYPES, slope_of
+from kernels._cuda.shares import empty_shares, settle
 from kernels.geometry import CudaConfig, Epilogue, Partials, Shares
 
 TILE_PIXELS, DEPTH = 128, 64
 """As in csrc/conv_tile.h: pixels of a tile, and how many input channels it takes at a time."""
+BOX_PIXELS = 64
+"""As in csrc/wgrad_sm90.cu: pixels that a weight gradient multiplies at a time."""
 COLUMNS, CLUSTERS = (128, 64), (1, 2, 4, 8)
 """Of a `CudaConfig`."""
 LIKELY_CLUSTER = {128: 2, 64: 4}
 """By columns: what L2 then has to give is within what it is taken to have (docs/cuda_convolution.md)."""
 SMS = {"sm90": 132, "sm80": 108}
 """Of the largest chips that run a source, H200 and A100: a tile is chosen so that each has one."""
+CLUSTERED_SMS = 128
+"""Of an H200's, those that blocks in clusters of four can have at once: 8 GPCs have 16 or 18 SMs each."""
 PRECISIONS = ("ieee", "tf32")
 
 
@@ -34,8 +39,8 @@ def missing(kernel: str, first: Tensor, second: Tensor, epilogue: Epilogue | Non
     reason = image.missing(high, low, kernel)
     if reason is None or high <= max(image.IMAGE_CHANNELS):
         return reason
-    if kernel == "wgrad":
-        return f"{low} × {high} channels: the extension's weight gradient is of images"
+    if kernel == "wgrad" and source(first) != "sm90":
+        return f"{low} × {high} channels: the extension's weight gradient between maps is for compute capability 9.0"
     if first.dtype == torch.float32:
         return "float32: the extension's tensor-core convolutions take bfloat16 and float16"
     if low % DEPTH or high % DEPTH:
@@ -51,16 +56,16 @@ def source(tensor: Tensor) -> str:
     return "sm80" if gpu and torch.cuda.get_device_capability(tensor.device)[0] != 9 else "sm90"
 
 
-def box(height: int, width: int) -> tuple[int, int]:
-    """Height and width of a tile's box of pixels, as square as powers of two let it be."""
-    wide = min(1 << (width - 1).bit_length(), 16)
-    return min(1 << (height - 1).bit_length(), TILE_PIXELS // wide), wide
+def box(height: int, width: int, pixels: int = TILE_PIXELS) -> tuple[int, int]:
+    """Height and width of a box of pixels, as square as powers of two let it be."""
+    wide = min(1 << (width - 1).bit_length(), 16 if pixels >= 128 else 8)
+    return min(1 << (height - 1).bit_length(), pixels // wide), wide
 
 
-def boxes(images: int, height: int, width: int) -> int:
+def boxes(images: int, height: int, width: int, pixels: int = TILE_PIXELS) -> int:
     """How many boxes cover `images` pictures."""
-    h, w = box(height, width)
-    return -(-images // (TILE_PIXELS // (h * w))) * -(-height // h) * -(-width // w)
+    h, w = box(height, width, pixels)
+    return -(-images // (pixels // (h * w))) * -(-height // h) * -(-width // w)
 
 
 def cluster_of(tiles: int, most: int) -> int:
@@ -69,7 +74,7 @@ def cluster_of(tiles: int, most: int) -> int:
 
 
 def default_config(tiles: int, phases: int, out: int, source: str = "sm90") -> CudaConfig:
-    """As many columns as leave every SM a tile, of `tiles` boxes of pixels in each of `phases`, and a likely cluster."""
+    """As many columns as leave every SM a tile, of `tiles` boxes of pixels a phase, and a likely cluster."""
     fitting = [c for c in COLUMNS if c <= out]
     columns = next((c for c in fitting if tiles * phases * -(-out // c) >= 0.9 * SMS[source]), fitting[-1])
     return CudaConfig(columns, LIKELY_CLUSTER[columns])
@@ -144,16 +149,38 @@ def conv_transpose(
     return _product("conv_transpose", x, weight, e, sizes, config, out)
 
 
+def wgrad_config(low: int) -> CudaConfig:
+    """The default tile of a weight gradient with `low` channels on the low side."""
+    return CudaConfig(min(128, low), 4)
+
+
 def wgrad(
-    low: Tensor, high: Tensor, precision: str = "ieee", config: None = None, out: Tensor | None = None,
+    low: Tensor, high: Tensor, precision: str = "ieee", config: CudaConfig | None = None, out: Tensor | None = None,
     pending: list[Shares] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Weight gradient (L, 4, 4, C) float32 of low (N, H, W, L) and an image high (N, 2H, 2W, C); in `out` if given.
+    """Weight gradient (L, 4, 4, C) float32 of low (N, H, W, L) and high (N, 2H, 2W, C); in `out` if given.
 
-    It adds its shares up itself, and leaves nothing pending.
+    Args:
+        config: the tile on the tensor cores: `columns` low channels, and 1, 2 or 4 blocks of a `cluster`, which have
+            other taps and the same pixels.
+        pending: takes the shares that are left to be added up; they are added here where None.
     """
     _check("wgrad", low, high, None, precision)
-    return image.wgrad(low, high, out)
+    if high.shape[3] in image.IMAGE_CHANNELS:
+        return image.wgrad(low, high, out, pending)
+    images, height, width, rows, channels = check_wgrad(low, high)
+    config = config or wgrad_config(rows)
+    if config.columns not in COLUMNS or config.cluster not in (1, 2, 4):
+        raise ValueError(f"config is {config}: accepted are {COLUMNS} columns and clusters of 1, 2 and 4")
+    gradient = output(out, (rows, 4, 4, channels), low, torch.float32)
+    tiles = -(-rows // config.columns) * (channels // 64) * 4
+    split = max(1, min(CLUSTERED_SMS // tiles, boxes(images, height, width, BOX_PIXELS) // 4))
+    shares = empty_shares(split, gradient)
+    _launch.launch(
+        "wgrad_sm90", low, high, shares, DTYPES[low.dtype], images, height, width, rows, channels,
+        *box(height, width, BOX_PIXELS), config.columns, config.cluster, split,
+    )  # fmt: skip
+    return settle(shares, gradient, pending)
 
 
 def _check(kernel: str, first: Tensor, second: Tensor, epilogue: Epilogue | None, precision: str) -> Epilogue:

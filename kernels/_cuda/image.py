@@ -11,7 +11,8 @@ from kernels._cuda import batch_norm
 from kernels._cuda import launch as _launch
 from kernels._cuda.epilogue import check_conv, check_conv_transpose, check_epilogue, check_wgrad, output
 from kernels._cuda.launch import DTYPES, slope_of
-from kernels.geometry import Epilogue, Partials
+from kernels._cuda.shares import empty_shares, settle, sms_of
+from kernels.geometry import Epilogue, Partials, Shares
 
 IMAGE_CHANNELS = (1, 3, 4)
 MOST_CHANNELS = 256
@@ -92,17 +93,13 @@ def conv_transpose(
     return y, None
 
 
-def wgrad(low: Tensor, high: Tensor, out: Tensor | None = None) -> Tensor:
+def wgrad(low: Tensor, high: Tensor, out: Tensor | None = None, pending: list[Shares] | None = None) -> Tensor:
     """As `kernels._cuda.conv.wgrad`, of low (N, H, W, L) and an image high (N, 2H, 2W, C); L is a multiple of 8."""
     images, height, width, rows, channels = check_wgrad(low, high)
     if reason := missing(channels, rows, "wgrad"):
         raise ValueError(f"low has shape {tuple(low.shape)}, high {tuple(high.shape)}: {reason}")
-    gpu = low.device.type == "cuda"
-    blocks = 2 * torch.cuda.get_device_properties(low.device).multi_processor_count if gpu else 3
-    split = min(blocks, images * boxes(height, width))
+    split = min(2 * sms_of(low, 2), images * boxes(height, width))
     gradient = output(out, (rows, 4, 4, channels), low, torch.float32)
-    shares = gradient.new_empty((split, *gradient.shape))
-    _launch.launch(
-        "image_wgrad", low, high, shares, gradient, DTYPES[low.dtype], images, height, width, channels, rows, split
-    )
-    return gradient
+    shares = empty_shares(split, gradient)
+    _launch.launch("image_wgrad", low, high, shares, DTYPES[low.dtype], images, height, width, channels, rows, split)
+    return settle(shares, gradient, pending)
