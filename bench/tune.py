@@ -39,7 +39,7 @@ from bench.tuning.lab import (
     Shape,
     arch_of_device,
     compile_fault,
-    extension_serves,
+    extension,
     launches_of,
     run_fault,
     shapes,
@@ -105,15 +105,17 @@ class Tuner:
 
     def one(self, shape: Shape, tiles: dict[str, Any], faults: dict[str, str]) -> Choice:
         p = shape.problem
-        others = (LIBRARY, EXTENSION) if extension_serves(shape, self.device) else (LIBRARY,)
-        choice = search(list(tiles), DeviceLab(shape, tiles, self.device, self.journal), faults, others)
+        theirs = extension(shape, self.device)
+        every = tiles | {name: tile for name, tile in theirs.items() if tile is not None}
+        lab = DeviceLab(shape, every, self.device, self.journal)
+        choice = search(list(tiles), lab, faults, (LIBRARY, *theirs))
         if choice.recipe is None:
-            self.say(f"{shape.name}: nothing is right, of {len(tiles)}: {next(iter(choice.rejected.values()))}")
+            self.say(f"{shape.name}: nothing is right, of {len(every)}: {next(iter(choice.rejected.values()))}")
             return choice
-        self.table.put_tile(p.kernel, p.key, p.precision, p.images, choice, tiles.get(choice.recipe))
+        self.table.put_tile(p.kernel, p.key, p.precision, p.images, choice, every.get(choice.recipe))
         beside = {LIBRARY: choice.library_us, EXTENSION: choice.cuda_us}
         library = "".join(f", {name} {us:.1f} µs" for name, us in beside.items() if us)
-        tile = f" {tiles.get(choice.recipe, choice.recipe)}"
+        tile = f" {every.get(choice.recipe, choice.recipe)}"
         self.say(f"{shape.name}: {choice.us:.1f} µs{library}; {choice.timed} timed, {len(choice.rejected)} not;{tile}")
         return choice
 

@@ -187,18 +187,30 @@ class Shares(NamedTuple):
     gradient: Tensor
 
 
+CUDA_COLUMNS, CUDA_CLUSTERS = (128, 64), (1, 2, 4, 8)
+"""What a `CudaConfig` may say."""
+
+
 @dataclass(frozen=True)
 class CudaConfig:
-    """The tile of the extension's tensor-core products, of 128 pixels.
+    """The tile of the extension's tensor-core products.
 
     Args:
-        columns: output channels.
-        cluster: blocks, each with its own pixels, that load the weight together; or what of that divides the tiles, and
-            1 where there are no clusters.
+        columns: output channels; of a weight gradient, channels of the low side.
+        cluster: at most so many blocks load together what they share: as many as divide the tiles, and one where a GPU
+            has no clusters.
+
+    Raises:
+        ValueError: either is none of `CUDA_COLUMNS` and `CUDA_CLUSTERS`.
     """
 
     columns: int
     cluster: int = 1
+
+    def __post_init__(self) -> None:
+        for name, accepted in (("columns", CUDA_COLUMNS), ("cluster", CUDA_CLUSTERS)):
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name} is {getattr(self, name)}: accepted are {accepted}")
 
 
 class Deferred(NamedTuple):

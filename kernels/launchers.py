@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from kernels import reference, tuning
-from kernels.geometry import Deferred, raw
+from kernels.geometry import CudaConfig, Deferred, raw
 from kernels.library import Products
 
 GEMMS = ("conv", "conv_transpose", "wgrad")
@@ -42,7 +42,9 @@ def launchers(backend: str) -> ModuleType | SimpleNamespace:
     if backend == "triton":
         return _namespace(triton, {name: _tiled(name, recipes) for name in GEMMS})
     if backend == "cuda":
-        return _namespace(launchers("triton"), _cuda(launchers("triton")))
+        recipes["cuda"] = _cuda(launchers("triton"))
+        tiled = {name: _tiled(name, recipes, ("cuda",), "cuda") for name in GEMMS}
+        return _namespace(launchers("triton"), recipes["cuda"] | tiled)
     if _cuda_missing() is None:
         recipes["cuda"] = _cuda(triton)
     return _namespace(triton, {name: _tiled(name, recipes, tuple(recipes)) for name in GEMMS})
@@ -107,6 +109,8 @@ def _where_served(launch: Callable, instead: Callable, missing: Callable[..., st
         lacks = any(value is not None for name, value in options.items() if name not in own)
         lacks |= any(isinstance(value, Deferred) for value in options.values())
         if lacks or (missing and missing(*(options[name] for name in named[:2]), options.get("epilogue"))):
+            if isinstance(options.get("config"), CudaConfig):
+                del options["config"]
             return instead(**options)
         return launch(**{name: value for name, value in options.items() if name in own})
 
@@ -118,9 +122,12 @@ def _options(launch: Callable) -> list[str]:
     return list(inspect.signature(launch).parameters)[2:]
 
 
-def _tiled(kernel: str, recipes: dict[str, dict[str, Callable]], allowed: tuple[str, ...] = ("triton",)) -> Callable:
-    """A product's launcher that looks its shape up in the device's table first."""
-    default = recipes["triton"][kernel]
+def _tiled(
+    kernel: str, recipes: dict[str, dict[str, Callable]], allowed: tuple[str, ...] = ("triton",), other: str = "triton"
+) -> Callable:
+    """A product's launcher that looks its shape up in the device's table first, for a recipe of `allowed`; without one
+    it is by `other`, at its own choice of tile."""
+    default = recipes[other][kernel]
     named = _options(default)
 
     @functools.wraps(default)
@@ -129,10 +136,9 @@ def _tiled(kernel: str, recipes: dict[str, dict[str, Callable]], allowed: tuple[
         entry = None if options.get("config") else _entry(kernel, raw(first), raw(second), options)
         if entry is None or entry.recipe not in allowed:
             return default(first, second, **options)
-        if entry.recipe == "triton":
+        options.pop("config", None)
+        if entry.tile is not None:
             options["config"] = entry.tile
-        else:
-            options.pop("config", None)
         return recipes[entry.recipe][kernel](first, second, **options)
 
     return launch

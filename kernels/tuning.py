@@ -29,13 +29,15 @@ from typing import Any, NamedTuple
 import torch
 
 from kernels._triton.config import FLAT_CHANNELS, IMAGE_CHANNELS, ConvConfig, WgradConfig, inner, tma_fits
-from kernels.geometry import Layer
+from kernels.geometry import CudaConfig, Layer
 
 FOLDER = Path(__file__).parent / "tuned"
 RECIPES = ("triton", "cuda", "library", "eager")
 INPUTS = ("applied", "deferred")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 CONFIGS = {"conv": ConvConfig, "conv_transpose": ConvConfig, "wgrad": WgradConfig}
+"""Of Triton's tiles; the extension's are `CudaConfig`, or none where it has one for a shape alone."""
+Config = ConvConfig | WgradConfig | CudaConfig
 NEAR = 2.0
 NEAR_IMAGES = 4.0
 MOST = {"warps": 32, "stages": 16, "split": 4096, "taps": 4}
@@ -52,7 +54,7 @@ class Entry(NamedTuple):
     shape: Shape
     images: int
     recipe: str
-    tile: ConvConfig | WgradConfig | None = None
+    tile: Config | None = None
 
     def __str__(self) -> str:
         layer = f"{self.shape[0]}x{self.shape[1]}@{self.shape[2]}, " if self.shape else ""
@@ -163,14 +165,14 @@ def _recipe(where: str, value: Any, accepted: tuple[str, ...] = RECIPES) -> str:
     return value
 
 
-def _tiled(where: str, kernel: str, value: Any) -> tuple[str, ConvConfig | WgradConfig | None]:
-    """A kernel's recipe, and its tile where the recipe is Triton's."""
+def _tiled(where: str, kernel: str, value: Any) -> tuple[str, Config | None]:
+    """A kernel's recipe, and its tile where the recipe is ours."""
     if kernel not in CONFIGS or not isinstance(value, dict):
         raise ValueError(f"{where}: no kernel of {', '.join(CONFIGS)} with a recipe")
-    recipe = _recipe(where, value.get("recipe"))
-    if recipe != "triton":
+    recipe, tile = _recipe(where, value.get("recipe")), value.get("tile")
+    if recipe not in ("triton", "cuda") or (recipe == "cuda" and tile is None):
         return recipe, None
-    tile, kind = value.get("tile"), CONFIGS[kernel]
+    kind = CONFIGS[kernel] if recipe == "triton" else CudaConfig
     names = {field.name for field in fields(kind)}
     if not isinstance(tile, dict) or set(tile) != names:
         raise ValueError(f"{where}: tile is {tile!r}, expected {', '.join(sorted(names))}")
@@ -237,8 +239,8 @@ def tile(name: str, kernel: str, shape: Shape, precision: str, images: int) -> E
 
     def fits(entry: Entry) -> bool:
         c = entry.tile
-        if c is None:
-            return True
+        if c is None or isinstance(c, CudaConfig):
+            return True  # the launcher takes what of a cluster fits
         if kernel == "conv_transpose" and onto_an_image != (entry.shape[1] <= IMAGE_CHANNELS):
             return False  # another kernel's
         if onto_an_image and min(inner(shape[2], c.height), inner(shape[2], c.width)) < 1:

@@ -14,7 +14,7 @@ from bench import tune
 from bench.subjects import gemms
 from bench.subjects.accuracy import verify
 from bench.subjects.problems import Problem, Use
-from bench.tuning import choices, inputs, precompile, search
+from bench.tuning import choices, inputs, lab, precompile, search
 from bench.tuning.candidates import candidates
 from bench.tuning.lab import DeviceLab, Shape, shapes
 from bench.tuning.search import Choice, Journal, Table
@@ -22,6 +22,7 @@ from dcgan.arch import PRESETS, Arch
 from dcgan.errors import run_command
 from kernels import tuning
 from kernels._triton.config import ConvConfig, WgradConfig
+from kernels.geometry import CudaConfig
 
 ARCH = PRESETS["dcgan64"].arch
 HEADER = {"device": "NVIDIA Test 1", "torch": "2", "triton": "3", "kernels_hash": "abc", "record": None}
@@ -66,6 +67,30 @@ def test_the_extension_competes_where_it_is_named(tmp_path):
     entry = table.put_tile("conv", "3x64@64", "bf16", 256, choice, None)
     assert entry["recipe"] == "cuda" and "tile" not in entry
     assert tuning.parse(table.data | {"device": "GPU"}, "GPU").tiles["conv", "bf16"][0].recipe == "cuda"
+
+
+def test_a_tile_of_the_extension_is_kept_with_its_entry(tmp_path):
+    others = ("library", "cuda 128x2", "cuda 64x4")
+    bench = FakeLab({"default": 9.0, "cuda 128x2": 4.0, "cuda 64x4": 3.0, "library": 7.0})
+    choice = search.search(["default"], bench, others=others)
+    assert (choice.recipe, choice.library_us, choice.cuda_us) == ("cuda 64x4", 7.0, 3.0)
+    table = search.Table(tmp_path / "t.json", {"device": "GPU"}, "sources")
+    table.put_tile("conv", "64x128@32", "bf16", 256, choice, CudaConfig(64, 4))
+    entry = tuning.parse(table.data | {"device": "GPU"}, "GPU").tiles["conv", "bf16"][0]
+    assert (entry.recipe, entry.tile) == ("cuda", CudaConfig(64, 4))
+
+
+def test_the_extensions_tiles_of_a_shape(monkeypatch):
+    monkeypatch.setattr(lab, "runnable", lambda recipes, *_: list(recipes))
+    arch, device = PRESETS["dcgan64"].arch, torch.device("meta")
+    found = {shape.name: list(lab.extension(shape, device)) for shape in lab.shapes(arch, [64], "bf16")}
+    clusters = [f"cuda 64x{n}" for n in (1, 2, 4)]
+    assert found["conv_transpose/128x64@16/bf16/b64"] == clusters
+    assert found["conv/256x512@8/bf16/b64"] == [f"cuda 128x{n}" for n in (1, 2, 4)] + clusters
+    assert found["wgrad/128x64@16/bf16/b128"] == [f"cuda 128x{n}" for n in (1, 2, 4)] + clusters
+    assert found["conv/3x64@64/bf16/b128"] == ["cuda"], "the image's kernels have no choice of tile"
+    single = {shape.name: list(lab.extension(shape, device)) for shape in lab.shapes(arch, [64], "fp32")}
+    assert not single["conv/256x512@8/fp32/b64"]
 
 
 def test_nothing_right_is_no_choice():

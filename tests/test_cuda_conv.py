@@ -17,7 +17,7 @@ from interpreter import assert_accurate, generated, tensor
 
 from kernels import reference
 from kernels._cuda import conv as products
-from kernels.geometry import CudaConfig, Epilogue
+from kernels.geometry import CUDA_CLUSTERS, CUDA_COLUMNS, CudaConfig, Epilogue
 
 OURS = {"conv": products.conv, "conv_transpose": products.conv_transpose}
 SERVED = [(mode, activation) for mode, activation in MODES if activation != "tanh"]
@@ -110,7 +110,7 @@ def test_a_weight_gradient_in_half_precision_and_of_any_cluster():
 def test_generated_weight_gradients():
     @given(
         st.integers(1, 40), st.integers(1, 10), st.integers(1, 18), st.integers(1, 4), st.integers(1, 2),
-        st.tuples(st.sampled_from(products.COLUMNS), st.sampled_from((1, 2, 4))), st.integers(0, 2**31),
+        st.tuples(st.sampled_from(CUDA_COLUMNS), st.sampled_from(CUDA_CLUSTERS)), st.integers(0, 2**31),
     )  # fmt: skip
     def one(images, height, width, low, high, config, seed):
         check_wgrad(images, height, width, 64 * low, 64 * high, config, seed=seed)
@@ -123,7 +123,7 @@ def test_generated(source):
     @given(
         st.sampled_from(sorted(OURS)), st.integers(1, 3), st.integers(1, 2), st.integers(1, 6), st.integers(1, 18),
         st.integers(1, 2), st.integers(1, 3), st.sampled_from(SERVED),
-        st.tuples(st.sampled_from(products.COLUMNS), st.sampled_from(products.CLUSTERS)), st.integers(0, 2**31),
+        st.tuples(st.sampled_from(CUDA_COLUMNS), st.sampled_from(CUDA_CLUSTERS)), st.integers(0, 2**31),
     )  # fmt: skip
     def one(kind, images, groups, height, width, into, out, epilogue, config, seed):
         mode, activation = epilogue
@@ -196,11 +196,15 @@ def test_threads_do_not_race(source):
     assert all(torch.equal(*pair) for pair in zip(ordered, run(1), strict=True))
 
 
+@pytest.mark.parametrize("config, message", [((96,), "columns is 96: accepted are"), ((64, 3), "cluster is 3")])
+def test_a_tile_that_there_is_not(config, message):
+    with pytest.raises(ValueError, match=message):
+        CudaConfig(*config)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"config": CudaConfig(96)}, r"config is CudaConfig\(columns=96, .*: accepted are \(128, 64\) columns"),
-        ({"config": CudaConfig(64, 3)}, r"clusters of \(1, 2, 4, 8\)"),
         ({"precision": "bf16"}, "precision is 'bf16'"),
         ({"epilogue": Epilogue(statistics=True, groups=2)}, "groups is 2"),
     ],

@@ -11,7 +11,7 @@ import torch
 
 from kernels import launchers, reference, tuning
 from kernels._triton.config import ConvConfig, WgradConfig
-from kernels.geometry import Epilogue, Merge
+from kernels.geometry import CudaConfig, Epilogue, Merge
 from kernels.library import Products
 
 pytest.importorskip("triton")
@@ -28,6 +28,7 @@ TABLE = {
                     "128": {"recipe": "triton", "tile": asdict(CONV), "us": 12.3},
                     "1024": {"recipe": "library", "us": 40.0},
                     "8192": {"recipe": "cuda", "us": 300.0},
+                    "65536": {"recipe": "cuda", "tile": {"columns": 64, "cluster": 4}, "us": 2400.0},
                 }
             }
         },
@@ -124,6 +125,21 @@ def test_auto_takes_the_extension_only_where_it_is_built(recorded, monkeypatch):
     launchers.launchers.cache_clear()
     products(launchers.launchers("auto"), 8192)
     assert recorded[0] == ("cuda", "conv", None)
+    recorded.clear()
+    products(launchers.launchers("auto"), 40_000)
+    assert recorded[0] == ("cuda", "conv", CudaConfig(64, 4))
+
+
+def test_the_extension_takes_its_own_tile_and_no_other(recorded, monkeypatch):
+    extension = {
+        name: lambda *_, name=name, **options: recorded.append(("cuda", name, options.get("config")))
+        for name in launchers.GEMMS
+    }
+    monkeypatch.setattr(launchers, "_cuda", lambda triton: extension)
+    for images, tile in ((40_000, CudaConfig(64, 4)), (8192, None), (128, None)):
+        products(launchers.launchers("cuda"), images)
+        assert recorded == [("cuda", "conv", tile), ("cuda", "wgrad", None)], "of Triton's tile at 128 nothing is taken"
+        recorded.clear()
 
 
 def test_on_a_cpu_no_table_is_looked_for(monkeypatch):
@@ -154,6 +170,7 @@ def test_what_the_extension_leaves_goes_to_triton():
     assert run(1, 2, epilogue, "tf32", None) == ("ours", 1, 2, epilogue, "tf32")
     assert run(1, 2, epilogue, out=3) == ("theirs", 1, 2, epilogue, "ieee", 3), "ours has no `out`"
     assert calls == [(1, 2, None), *[(1, 2, epilogue)] * 3]
+    assert run(1, 2, config=CudaConfig(64))[0] == "theirs", "its tile is not handed on"
     assert launchers._where_served(ours, theirs)(1, 2)[0] == "ours"
 
 

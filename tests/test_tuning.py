@@ -181,6 +181,12 @@ TILE = ("tiles", "conv", "64x128@32", "bf16", "128")
         pytest.param(changed((*TILE, "tile", "warps"), 3), "warps is 3", id="three warps"),
         pytest.param(changed((*TILE, "tile", "columns"), -64), "columns is -64", id="negative columns"),
         pytest.param(changed((*TILE, "tile", "columns"), 1 << 20), "columns is 1048576", id="a million columns"),
+        pytest.param(
+            changed(TILE, {"recipe": "cuda", "tile": {"columns": 256, "cluster": 2}}), "columns is 256", id="not cuda's"
+        ),
+        pytest.param(
+            changed(TILE, {"recipe": "cuda", "tile": {"columns": 64}}), "expected cluster, columns", id="half of cuda's"
+        ),
         pytest.param("[" * 100_000, "recursion", id="a deep hole"),
         pytest.param(changed((*TILE, "tile", "tma"), 1), "tma is 1", id="a number for a truth"),
         pytest.param(changed((*TILE, "tile", "height"), True), "height is True", id="a truth for a number"),

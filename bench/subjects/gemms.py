@@ -18,7 +18,7 @@ from torch import Tensor
 from bench.subjects.accuracy import KINK, Answers, Noise, Outputs, Subject, arithmetic, sums_slack, walk
 from bench.subjects.problems import Problem, Use
 from kernels import reference
-from kernels.geometry import Deferred, Epilogue, Merge, Partials, raw
+from kernels.geometry import CudaConfig, Deferred, Epilogue, Merge, Partials, raw
 from kernels.launchers import launchers
 
 
@@ -136,7 +136,8 @@ def merged(partials: Partials | None, mode: str) -> Outputs:
 
 
 def build(problem: Problem, device: torch.device, configs: Mapping[str, Any] | None = None) -> Subject:
-    """The subject of a problem; each of `configs` is a tile for Triton's launcher, and a recipe by its name here."""
+    """The subject of a problem; each of `configs` is a tile, of Triton's launcher or the extension's, and a recipe by
+    its name here."""
     p, o = problem, operands(problem, device)
     products: dict[str, Product] = {
         recipe: partial(launched, recipe=recipe) for recipe in ("library", "triton", "cuda")
@@ -182,6 +183,8 @@ def outputs(p: Problem, o: Operands, call: Product) -> Outputs:
 
 
 def tiled(p: Problem, o: Operands, config: Any) -> Any:
+    if isinstance(config, CudaConfig):
+        return launched(p, o, "cuda", config=config)
     return job(p, o, config).run()
 
 
@@ -213,9 +216,9 @@ def other_bits(problem: Problem, device: torch.device, config: Any) -> str | Non
     return f"other bits than applied first: {', '.join(other)}" if other else None
 
 
-def launched(p: Problem, o: Operands, recipe: str) -> Any:
-    """By a backend's launchers, at their own choice of tile."""
-    launch, options = launchers(recipe), {"precision": "tf32" if p.precision == "tf32" else "ieee"}
+def launched(p: Problem, o: Operands, recipe: str, **options: Any) -> Any:
+    """By a backend's launchers, at their own choice of tile unless told."""
+    launch, options = launchers(recipe), options | {"precision": "tf32" if p.precision == "tf32" else "ieee"}
     if p.kernel == "wgrad":
         return launch.wgrad(o.first, o.second, **options)
     return getattr(launch, p.kernel)(o.first, o.second, o.epilogue, **options)

@@ -15,8 +15,9 @@ from bench.subjects.problems import Problem, Use, distinct, step_problems
 from bench.timing import cold_ms, interleave
 from bench.tuning import precompile
 from bench.tuning.precompile import Compiler
-from bench.tuning.search import Journal
+from bench.tuning.search import EXTENSION, Journal
 from dcgan.arch import Arch
+from kernels.geometry import CUDA_COLUMNS, CudaConfig
 
 
 @dataclass(frozen=True)
@@ -53,19 +54,26 @@ def merge(found: dict[str, Shape], shape: Shape) -> None:
     found[shape.name] = Shape(known.problem, tuple(dict.fromkeys((*known.uses, *shape.uses))))
 
 
-def extension_serves(shape: Shape, device: torch.device) -> bool:
-    """Whether every use of a shape has a kernel of the extension on this device, so that none would be Triton's."""
+def extension(shape: Shape, device: torch.device) -> dict[str, CudaConfig | None]:
+    """The extension's tiles of a shape, by name, None for one that it has no choice of; nothing where some use of the
+    shape has no kernel of it on this device, and would be Triton's."""
     from kernels._cuda import conv
 
     if "cuda" not in runnable(("cuda",), device, shape.problem.precision, shape.problem.kernel):
-        return False
+        return {}
     for problem in shape.problems():
         if problem.use.before is not None:  # it has no prologues
-            return False
+            return {}
         o = gemms.operands(problem, torch.device("meta"))
         if conv.missing(problem.kernel, o.first, o.second, o.epilogue):
-            return False
-    return True
+            return {}
+    p = shape.problem
+    if p.into in conv.image.IMAGE_CHANNELS or p.out in conv.image.IMAGE_CHANNELS:
+        return {EXTENSION: None}
+    clusters = (1, 2, 4) if conv.source(torch.empty(0, device=device)) == "sm90" else (1,)
+    width = p.into if p.kernel == "wgrad" else p.out
+    configs = [CudaConfig(columns, cluster) for columns in CUDA_COLUMNS if columns <= width for cluster in clusters]
+    return {f"{EXTENSION} {c.columns}x{c.cluster}": c for c in configs}
 
 
 def launches_of(work: Problem | Element, config: Any, arch: int) -> tuple:

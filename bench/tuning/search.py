@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from bench.subjects.problems import Read
 
 LIBRARY, EXTENSION = "library", "cuda"
+"""Recipes that are no tile of Triton's; the extension's name starts those of its tiles, too."""
 FINALISTS = 4
 ROUNDS = {"first": 3, "last": 15}
 """Of the timing: of every right candidate, and of the finalists beside the library."""
@@ -53,7 +54,7 @@ def search(
     Args:
         recipes: candidates by name, the default first: it is always among the finalists.
         faults: why some may not ship, as their compilation said: these are not run at all.
-        others: that have no tile of ours, always among the finalists: the library, and the extension where it can.
+        others: always among the finalists: the library, and the extension where it can.
     """
     choice = Choice(None, rejected=dict(faults or {}))
     right = []
@@ -73,7 +74,8 @@ def search(
     always = [recipe for recipe in (recipes[0], *others) if recipe in right and recipe not in best]
     last = lab.time_us([*best, *always], ROUNDS["last"])
     choice.recipe = min(last, key=lambda recipe: last[recipe])
-    choice.us, choice.library_us, choice.cuda_us = last[choice.recipe], last.get(LIBRARY), last.get(EXTENSION)
+    choice.us, choice.library_us = last[choice.recipe], last.get(LIBRARY)
+    choice.cuda_us = min((us for recipe, us in last.items() if recipe.startswith(EXTENSION)), default=None)
     return choice
 
 
@@ -107,9 +109,10 @@ class Table:
     def put_tile(
         self, kernel: str, key: str, precision: str, images: int, choice: Choice, tile: Any
     ) -> dict[str, Any]:  # fmt: skip
-        """Store a search's choice, and write. `tile` is the candidate's configuration, None for another recipe."""
-        entry: dict[str, Any] = {"recipe": choice.recipe if choice.recipe in (LIBRARY, EXTENSION) else "triton"}
-        if entry["recipe"] == "triton":
+        """Store a search's choice, and write. `tile` is its configuration, None for a recipe without one."""
+        name = choice.recipe.split()[0]
+        entry: dict[str, Any] = {"recipe": name if name in (LIBRARY, EXTENSION) else "triton"}
+        if tile is not None:
             entry["tile"] = asdict(tile)
         entry |= {"us": choice.us, "library_us": choice.library_us, "cuda_us": choice.cuda_us, "sources": self.sources}
         place = self.data["tiles"].setdefault(kernel, {}).setdefault(key, {}).setdefault(precision, {})

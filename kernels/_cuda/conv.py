@@ -12,14 +12,12 @@ from kernels._cuda import launch as _launch
 from kernels._cuda.epilogue import check_conv, check_conv_transpose, check_epilogue, check_wgrad, output
 from kernels._cuda.launch import DTYPES, slope_of
 from kernels._cuda.shares import empty_shares, settle
-from kernels.geometry import CudaConfig, Epilogue, Partials, Shares
+from kernels.geometry import CUDA_CLUSTERS, CUDA_COLUMNS, CudaConfig, Epilogue, Partials, Shares
 
 TILE_PIXELS, DEPTH = 128, 64
 """As in csrc/conv_tile.h: pixels of a tile, and how many input channels it takes at a time."""
-BOX_PIXELS = 64
-"""As in csrc/wgrad_sm90.cu: pixels that a weight gradient multiplies at a time."""
-COLUMNS, CLUSTERS = (128, 64), (1, 2, 4, 8)
-"""Of a `CudaConfig`."""
+BOX_PIXELS, PLANES = 64, 4
+"""As in csrc/wgrad_sm90.cu: pixels that a weight gradient multiplies at a time, and parities of row and column."""
 LIKELY_CLUSTER = {128: 2, 64: 4}
 """By columns: what L2 then has to give is within what it is taken to have (docs/cuda_convolution.md)."""
 SMS = {"sm90": 132, "sm80": 108}
@@ -69,13 +67,13 @@ def boxes(images: int, height: int, width: int, pixels: int = TILE_PIXELS) -> in
 
 
 def cluster_of(tiles: int, most: int) -> int:
-    """The largest cluster of at most `most` blocks that divides a launch's boxes of pixels."""
-    return max(c for c in CLUSTERS if c <= most and tiles % c == 0)
+    """The largest cluster of at most `most` blocks that divides so many tiles."""
+    return max(c for c in CUDA_CLUSTERS if c <= most and tiles % c == 0)
 
 
 def default_config(tiles: int, phases: int, out: int, source: str = "sm90") -> CudaConfig:
     """As many columns as leave every SM a tile, of `tiles` boxes of pixels a phase, and a likely cluster."""
-    fitting = [c for c in COLUMNS if c <= out]
+    fitting = [c for c in CUDA_COLUMNS if c <= out]
     columns = next((c for c in fitting if tiles * phases * -(-out // c) >= 0.9 * SMS[source]), fitting[-1])
     return CudaConfig(columns, LIKELY_CLUSTER[columns])
 
@@ -95,8 +93,6 @@ def _product(
         counts = values.new_empty(values.shape[1:3]) if e.statistics else None
     made_for, tiles = source(x), e.groups * per_group
     config = config or default_config(tiles, phases, out, made_for)
-    if config.columns not in COLUMNS or config.cluster not in CLUSTERS:
-        raise ValueError(f"config is {config}: accepted are {COLUMNS} columns and clusters of {CLUSTERS}")
     tile = (*box(height, width), config.columns)
     if made_for == "sm90":
         tile = (*tile, cluster_of(tiles, config.cluster))
@@ -118,7 +114,7 @@ def conv(
         weight: (O, 4, 4, C) of x's dtype, contiguous: the layout that all products of a layer share.
         epilogue: what happens to the accumulator; kept as it is where None.
         precision: of float32 products: `ieee`, or `tf32`, which allows less and is not made use of.
-        config: the tile on the tensor cores, of `COLUMNS` and `CLUSTERS`; a default where None.
+        config: the tile on the tensor cores; a default where None.
 
     Returns:
         y (N, H, W, O) of x's dtype, and the tiles' `Partials` where the epilogue takes sums: an epilogue's `merge` is
@@ -161,8 +157,8 @@ def wgrad(
     """Weight gradient (L, 4, 4, C) float32 of low (N, H, W, L) and high (N, 2H, 2W, C); in `out` if given.
 
     Args:
-        config: the tile on the tensor cores: `columns` low channels, and 1, 2 or 4 blocks of a `cluster`, which have
-            other taps and the same pixels.
+        config: the tile on the tensor cores, of low channels. The blocks of a cluster, at most four, have the same
+            pixels and other taps.
         pending: takes the shares that are left to be added up; they are added here where None.
     """
     _check("wgrad", low, high, None, precision)
@@ -170,15 +166,13 @@ def wgrad(
         return image.wgrad(low, high, out, pending)
     images, height, width, rows, channels = check_wgrad(low, high)
     config = config or wgrad_config(rows)
-    if config.columns not in COLUMNS or config.cluster not in (1, 2, 4):
-        raise ValueError(f"config is {config}: accepted are {COLUMNS} columns and clusters of 1, 2 and 4")
     gradient = output(out, (rows, 4, 4, channels), low, torch.float32)
-    tiles = -(-rows // config.columns) * (channels // 64) * 4
+    tiles = -(-rows // config.columns) * (channels // 64) * PLANES
     split = max(1, min(CLUSTERED_SMS // tiles, boxes(images, height, width, BOX_PIXELS) // 4))
     shares = empty_shares(split, gradient)
     _launch.launch(
         "wgrad_sm90", low, high, shares, DTYPES[low.dtype], images, height, width, rows, channels,
-        *box(height, width, BOX_PIXELS), config.columns, config.cluster, split,
+        *box(height, width, BOX_PIXELS), config.columns, cluster_of(PLANES, config.cluster), split,
     )  # fmt: skip
     return settle(shares, gradient, pending)
 
