@@ -1,125 +1,29 @@
 """Bytes that the extension's kernels load and store, counted, against the floor of bench.roofline: on paper, equal.
 
-g++'s -fsanitize=thread puts a call before every access to memory. Linked with counters in place of its own runtime,
-that counts what the threads of a kernel load from and store to each tensor. What a GPU's caches save is not in it: a
-map (images × pixels × channels) must move once, weights and per-channel numbers may be read again, out of L1 and L2.
+What a GPU's caches save is not in it: a map (images × pixels × channels) must move once, weights and per-channel
+numbers may be read again, out of L1 and L2.
 """
 
-import ctypes
-import functools
 import re
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
-from cuda_host import CSRC, FLAGS, call, finish, load, on_host, source_of
+from cuda_host import CSRC
+from cuda_traffic import BF16, counted, noise, once
 
 from bench.roofline import ADAM_BYTES, HALF, moved_bytes
 from dcgan.arch import PRESETS
 from kernels._cuda import batch_norm, conv, image
-from kernels._cuda import launch as launch_module
 from kernels._cuda.adam import adam, adam_table
 from kernels._cuda.head import head, head_grad
 from kernels.geometry import Epilogue, Partials
 
-BF16 = torch.bfloat16
 ARCH = PRESETS["dcgan64"].arch
-
-COUNTERS = """
-#include <cstddef>
-#include <cstdint>
-static struct { uintptr_t begin, end; uint64_t moved[2]; } tensors[64];
-static int count;
-static void see(void* at, size_t bytes, int written) {
-  for (int i = 0; i < count; ++i)
-    if (uintptr_t(at) - tensors[i].begin < tensors[i].end - tensors[i].begin) tensors[i].moved[written] += bytes;
-}
-#define SIZE(n) \\
-  void __tsan_read##n(void* at) { see(at, n, 0); } \\
-  void __tsan_write##n(void* at) { see(at, n, 1); } \\
-  void __tsan_unaligned_read##n(void* at) { see(at, n, 0); } \\
-  void __tsan_unaligned_write##n(void* at) { see(at, n, 1); }
-extern "C" {
-SIZE(1) SIZE(2) SIZE(4) SIZE(8) SIZE(16)
-void __tsan_read_range(void* at, size_t bytes) { see(at, bytes, 0); }
-void __tsan_write_range(void* at, size_t bytes) { see(at, bytes, 1); }
-void __tsan_init() {}
-void __tsan_func_entry(void*) {}
-void __tsan_func_exit() {}
-void forget() { count = 0; }
-void watch(uintptr_t begin, uint64_t bytes) { tensors[count++] = {begin, begin + bytes, {0, 0}}; }
-uint64_t moved(int tensor, int written) { return tensors[tensor].moved[written]; }
-}
-"""
-
-
-@functools.cache
-def counting(source):
-    """One source of csrc on a CPU, whose accesses are counted."""
-    if not shutil.which("g++"):
-        pytest.skip("g++ is not installed")
-    flags = [flag for flag in FLAGS if flag != "-shared"]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "counters.cpp").write_text(COUNTERS)
-        objects = [folder / "kernels.o", folder / "counters.o"]
-        commands = (
-            ["g++", *flags, "-fsanitize=thread", "-fno-threadsafe-statics", "-c", "-x", "c++", str(source)],
-            ["g++", *flags, "-c", str(folder / "counters.cpp")],
-        )
-        for out, command in zip(objects, commands, strict=True):
-            finish(subprocess.Popen([*command, "-o", str(out)], stderr=subprocess.PIPE, text=True))
-        link = ["g++", "-shared", "-Wl,-z,defs", *map(str, objects), "-o", str(folder / "counting.so")]
-        finish(subprocess.Popen(link, stderr=subprocess.PIPE, text=True))
-        library = load(folder / "counting.so")
-    library.moved.restype = ctypes.c_uint64
-    library.watch.argtypes = [ctypes.c_uint64] * 2
-    return library
-
-
-def names_of(op):
-    """Names of a launch function's arguments, without the stream."""
-    text = "".join(path.read_text() for path in sorted(CSRC.glob("*.h")))
-    arguments = re.search(rf"^cudaError_t {op}\(([^)]*)\);", text, re.M)[1]
-    return [argument.split()[-1].lstrip("*") for argument in arguments.split(",")][1:]
 
 
 @pytest.fixture
 def traffic(monkeypatch):
-    """traffic(run, **more) → {op: {tensor: (bytes read, bytes written)}} of the launches that `run` makes.
-
-    `more` are tensors that an op finds by other ways than its arguments.
-    """
-
-    def measure(run, **more):
-        found = {}
-
-        def count(op, *arguments):
-            library = counting(source_of(op))
-            tensors = {n: a for n, a in zip(names_of(op), arguments, strict=True) if isinstance(a, torch.Tensor)} | more
-            library.forget()
-            for tensor in tensors.values():
-                library.watch(tensor.data_ptr(), tensor.nbytes)
-            call(op, *arguments, source=library)
-            found[op] = {name: tuple(library.moved(i, w) for w in (0, 1)) for i, name in enumerate(tensors)}
-
-        monkeypatch.setattr(launch_module, "launch", count)
-        run()
-        return found
-
-    with on_host():
-        yield measure
-
-
-def noise(*shape, dtype=BF16, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def once(tensor):
-    return tensor.nbytes, 0
+    yield from counted(monkeypatch)
 
 
 def test_batch_norm(traffic):
@@ -223,10 +127,7 @@ def test_weight_gradient_of_an_image(traffic):
 
 @pytest.mark.parametrize("kind, most", [("conv", 4), ("conv_transpose", 16)])
 def test_products_store_their_output_once(traffic, monkeypatch, kind, most):
-    """Bound by arithmetic: a tile reads x again for each tap, out of L2; all that leaves is y and the statistics.
-
-    Of sm_80's: what TMA loads in the other source passes no instruction that could be counted.
-    """
+    """A tile of sm_80's reads x again for each tap, out of L2; all that leaves is y and its sums."""
     monkeypatch.setattr(conv, "source", lambda tensor: "sm80")
     size = 8 if kind == "conv" else 4
     x, weight = noise(2, size, size, 64), noise(64, 4, 4, 64) / 32
