@@ -7,8 +7,12 @@
 // 16 bytes from `from` to a shared address, or zeros where there is nothing to copy.
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool there) {
 #ifdef DCGAN_HOST
-  if (there) memcpy(host::state.shared + to, from, VECTOR_BYTES);
-  else memset(host::state.shared + to, 0, VECTOR_BYTES);
+  unsigned char* const at = host::state.shared + to;
+  host::poison(at, VECTOR_BYTES);
+  host::hand_on(host::state.self().copies, [=] {
+    if (there) memcpy(at, from, VECTOR_BYTES);
+    else memset(at, 0, VECTOR_BYTES);
+  });
 #else
   const int bytes = there ? VECTOR_BYTES : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
@@ -16,7 +20,9 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool t
 }
 
 __device__ __forceinline__ void copy_commit() {
-#ifndef DCGAN_HOST
+#ifdef DCGAN_HOST
+  host::state.self().copies.commit();
+#else
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
@@ -24,7 +30,9 @@ __device__ __forceinline__ void copy_commit() {
 // Until all but this thread's last PENDING commits have arrived.
 template <int PENDING>
 __device__ __forceinline__ void copy_wait() {
-#ifndef DCGAN_HOST
+#ifdef DCGAN_HOST
+  host::state.self().copies.wait(PENDING);
+#else
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 #endif
 }

@@ -1,10 +1,16 @@
 // CUDA's threads, shared memory, barriers, shuffles and 16-bit types in plain C++, so that the kernels' own sources
 // run on a CPU: for tests alone. g++ -std=c++20 -DDCGAN_HOST -x c++ -shared -fPIC -fno-strict-aliasing csrc/*.cu
 //
-// Blocks run one after another, those of a cluster together. Their threads are fibers (ucontext), one after another too:
-// each runs until it ends, or waits at a barrier or in a warp's collective; when all that must arrive have, they go on.
-// So runs repeat exactly, and `host_reverse(1)`, which turns the order of threads and blocks around, tells kernels whose threads race
-// by another result. What can never go on (a barrier some lanes skip) ends the process with a message.
+// Blocks run one after another, those of a cluster together. Their threads are fibers (ucontext): each runs until it
+// ends, or waits at a barrier or in a warp's collective; when all that must arrive have, they go on. Runs repeat exactly.
+// What can never go on (a barrier some lanes skip) ends the process with a message.
+//
+// Which order it all takes is a GPU's own affair, so kernels are run in several, and a wait that is missing shows by
+// another result. `host_order(0)` goes from the first thread and block on, a warp for as long as it can, and so ahead of
+// the others as far as barriers let it; 1 goes the other way around; from 2 on, warps take turns by chance. What runs by
+// itself on a GPU (TMA, cp.async, wgmma) is done at once, or, after `host_late(1)`, at the last moment that the waits
+// allow; until then it reads what is there by then, and what it will write is NaN.
+//
 // `static` shared memory keeps what the block before left, as on a GPU.
 #pragma once
 
@@ -16,6 +22,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <source_location>
@@ -66,16 +73,39 @@ namespace host {
 constexpr int MAX_THREADS = 1024, MAX_CLUSTER = 8, WARP = 32;
 constexpr size_t STACK_BYTES = 128 << 10;
 
+// Work that a thread has handed on, in groups that it may wait for.
+struct Queue {
+  std::vector<std::function<void()>> open;
+  std::deque<std::vector<std::function<void()>>> groups;
+
+  void add(std::function<void()> work) { open.push_back(std::move(work)); }
+  void commit() { groups.push_back(std::move(open)), open.clear(); }
+  void wait(size_t pending) {  // until all but the last `pending` groups are done
+    while (groups.size() > pending) {
+      for (const auto& work : groups.front()) work();
+      groups.pop_front();
+    }
+  }
+  bool idle() const { return open.empty() && groups.empty(); }
+};
+
 struct Thread {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   uint3 index;
-  enum { RUNS, AT_BARRIER, AT_CLUSTER_BARRIER, IN_COLLECTIVE, ENDED } state;
+  enum { RUNS, POLLS, AT_BARRIER, AT_CLUSTER_BARRIER, IN_COLLECTIVE, ENDED } state;
   // of a collective: its mask, where in the source it stands, what this lane brought, and where its result goes
   unsigned mask;
   unsigned line;
   const void* in;
   void* out;
+  Queue copies, products;  // of cp.async and wgmma
+};
+
+// A box that TMA has yet to write, counting towards a barrier.
+struct Box {
+  const void* barrier;
+  std::function<void()> land;
 };
 
 struct Block {
@@ -86,7 +116,10 @@ struct Block {
 struct State {
   std::vector<Thread> threads{MAX_THREADS};  // of a cluster's first block, then of its second, …
   int count = 0, current = 0;                // of a block; among all
-  bool reverse = false;
+  unsigned order = 0;  // of threads and blocks: 0, 1 reversed, more at random
+  bool late = false;
+  uint64_t random = 0;
+  std::vector<Box> boxes;
   uint64_t first_block = 0, last_block = UINT64_MAX;
   Block blocks[MAX_CLUSTER];
   int cluster = 1, rank = 0;  // blocks that run together; which of them the current thread is of
@@ -100,6 +133,8 @@ struct State {
   Thread& self() { return threads[current]; }
 };
 inline State state;
+
+inline void poison(void* at, size_t bytes) { std::memset(at, 0xff, bytes); }  // NaN in every type
 
 [[noreturn]] inline void fail(const char* what, unsigned line) {
   const auto [x, y, z] = state.self().index;
@@ -129,9 +164,22 @@ inline void yield() {
   finish_switch(fake, true);
 }
 
+// Let the others have a turn, while this thread waits for what one of them will do.
+inline void poll() {
+  state.self().state = Thread::POLLS;
+  yield();
+}
+
+// Do it now, or leave it to the thread's next wait.
+inline void hand_on(Queue& queue, std::function<void()> work) {
+  if (state.late) queue.add(std::move(work));
+  else work();
+}
+
 inline void thread_main() {
   finish_switch(nullptr, true);
   (*state.body)();
+  if (!state.self().copies.idle() || !state.self().products.idle()) fail("a thread ends before what it handed on", 0);
   state.self().state = Thread::ENDED;
   yield();
 }
@@ -154,6 +202,12 @@ inline void settle(int first, int count, decltype(Thread::state) barrier) {
     if (state.threads[t].state == barrier) state.threads[t].state = Thread::RUNS;
 }
 
+// Repeatable, and another for each order.
+inline unsigned next_random() {
+  state.random = state.random * 6364136223846793005u + 1442695040888963407u;
+  return unsigned(state.random >> 33);
+}
+
 inline void run_cluster() {
   const int n = state.count * state.cluster;
   if (n > int(state.threads.size())) state.threads.resize(n);
@@ -173,13 +227,22 @@ inline void run_cluster() {
   }
   for (bool progress = true; progress;) {
     progress = false;
-    for (int i = 0; i < n; ++i) {
-      const int t = state.reverse ? n - 1 - i : i;
-      if (state.threads[t].state == Thread::RUNS) resume(t), progress = true;
+    for (int i = 0, warps = (n + WARP - 1) / WARP; i < warps; ++i) {
+      const int first = (state.order == 1 ? warps - 1 - i : i) * WARP, last = std::min(first + WARP, n) - 1;
+      for (bool ran = true; ran && (state.order < 2 || next_random() % 4); progress |= ran) {
+        ran = false;
+        for (int j = 0; j <= last - first; ++j) {
+          const int t = state.order == 1 ? last - j : first + j;
+          if (state.threads[t].state == Thread::RUNS) resume(t), ran = true;
+        }
+      }
     }
     for (int block = 0; block < state.cluster; ++block) settle(block * state.count, state.count, Thread::AT_BARRIER);
     settle(0, n, Thread::AT_CLUSTER_BARRIER);
-    for (int t = 0; t < n && !progress; ++t) progress = state.threads[t].state == Thread::RUNS;
+    for (int t = 0; t < n; ++t) {
+      if (state.threads[t].state == Thread::POLLS) state.threads[t].state = Thread::RUNS;
+      progress |= state.threads[t].state == Thread::RUNS;
+    }
   }
   for (int t = 0; t < n; ++t) {
     if (state.threads[t].state == Thread::ENDED) continue;
@@ -201,13 +264,14 @@ inline cudaError_t launch(
   const uint64_t first = s.first_block / cluster, last = std::min(s.last_block / cluster, clusters - 1);
   for (uint64_t i = first; i <= last; ++i) {
     for (unsigned rank = 0; rank < cluster; ++rank) {
-      const uint64_t b = (s.reverse ? first + last - i : i) * cluster + rank;
+      const uint64_t b = (s.order == 1 ? first + last - i : i) * cluster + rank;
       auto& [index, memory] = s.blocks[rank];
       index = {unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / (uint64_t(grid.x) * grid.y))};
       memory = shared ? static_cast<unsigned char*>(std::aligned_alloc(1024, (shared + 1023) / 1024 * 1024)) : nullptr;
-      if (memory) std::memset(memory, 0xff, shared);  // NaN in every type
+      if (memory) poison(memory, shared);
     }
     run_cluster();
+    if (!s.boxes.empty()) fail("a block ends before a box that it asked for is there", 0);
     for (unsigned rank = 0; rank < cluster; ++rank) std::free(s.blocks[rank].shared);
   }
   return cudaSuccess;
@@ -269,7 +333,9 @@ T shuffle(unsigned mask, T value, int (*source)(int lane, int by), int by, std::
 }  // namespace host
 
 extern "C" {
-__attribute__((used)) inline void host_reverse(int on) { host::state.reverse = on; }
+__attribute__((used)) inline void host_order(unsigned order) { host::state.order = order, host::state.random = order; }
+
+__attribute__((used)) inline void host_late(int on) { host::state.late = on; }
 
 // Run only these blocks of the next grids, x counting fastest: those far out in a tensor that is too large to test.
 __attribute__((used)) inline void host_blocks(uint64_t first, uint64_t last) {

@@ -89,9 +89,14 @@ __device__ __forceinline__ void barrier_arrive_expecting(uint64_t* barrier, int 
 // Until the phase of this parity is over; that before the first counts as over, with parity 1.
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
 #ifdef DCGAN_HOST
+  auto& boxes = host::state.boxes;
   for (int turns = 0; host_barrier(barrier).phase == parity; ++turns) {
     if (turns == 1 << 14) host::fail("a barrier whose phase never ends", __LINE__);
-    host::yield();
+    host::poll();
+    const auto due = std::find_if(boxes.begin(), boxes.end(), [&](const auto& box) { return box.barrier == barrier; });
+    if (due == boxes.end()) continue;
+    const auto land = std::move(due->land);
+    boxes.erase(due), land();
   }
 #else
   asm volatile(
@@ -146,23 +151,31 @@ void host_load_box(
     void* to, const TensorMap& map, const int (&at)[RANK], uint64_t* barrier, int first, int last) {
   if (map.rank != RANK || map.element_bytes != 2 || shared_address(to) % ATOM_BYTES)
     host::fail("a box that its map does not describe", __LINE__);
-  int64_t count = 1;
+  size_t count = 1;
   for (int d = 0; d < RANK; ++d) count *= map.box[d];
-  for (int64_t i = 0; i < count; ++i) {
-    int64_t rest = i, from = 0;
+  std::vector<uint16_t> elements(count);
+  for (size_t i = 0; i < count; ++i) {
+    int64_t rest = int64_t(i), from = 0;
     bool inside = true;
     for (int d = 0; d < RANK; rest /= map.box[d++]) {
       const int64_t index = at[d] + rest % map.box[d];
       inside = inside && index >= 0 && index < map.sizes[d];
       from += index * map.strides[d];
     }
-    const uint16_t element = inside ? *reinterpret_cast<const uint16_t*>(map.base + from) : 0;
-    for (int rank = first; rank <= last; ++rank)
-      memcpy(host::state.blocks[rank].shared + swizzled(shared_address(to) + uint32_t(2 * i)), &element, 2);
+    elements[i] = inside ? *reinterpret_cast<const uint16_t*>(map.base + from) : 0;
   }
+  const uint32_t start = shared_address(to);
   for (int rank = first; rank <= last; ++rank) {
-    auto& b = host_barrier(host_peer(barrier, rank));
-    b.bytes -= int32_t(2 * count), b.settle();
+    unsigned char* const shared = host::state.blocks[rank].shared;
+    uint64_t* const signal = host_peer(barrier, rank);
+    const auto land = [=] {
+      for (size_t i = 0; i < elements.size(); ++i) memcpy(shared + swizzled(start + uint32_t(2 * i)), &elements[i], 2);
+      auto& b = host_barrier(signal);
+      b.bytes -= int32_t(2 * elements.size()), b.settle();
+    };
+    host::poison(shared + start, 2 * count);
+    if (host::state.late) host::state.boxes.push_back({signal, land});
+    else land();
   }
 }
 #endif

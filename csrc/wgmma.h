@@ -41,7 +41,9 @@ __device__ __forceinline__ void wgmma_fence() {
 }
 
 __device__ __forceinline__ void wgmma_commit() {
-#ifndef DCGAN_HOST
+#ifdef DCGAN_HOST
+  host::state.self().products.commit();
+#else
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 #endif
 }
@@ -49,7 +51,9 @@ __device__ __forceinline__ void wgmma_commit() {
 // Until all but the last PENDING commits are done.
 template <int PENDING>
 __device__ __forceinline__ void wgmma_wait() {
-#ifndef DCGAN_HOST
+#ifdef DCGAN_HOST
+  host::state.self().products.wait(PENDING);
+#else
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 #endif
 }
@@ -101,24 +105,26 @@ __device__ __forceinline__ void wgmma(float (&d)[N / 2], const uint32_t (&a)[4],
   struct Product {
     float at[N / 2];
   };
-  const Product p = host::warp_collective<Product>(
-      0xffffffffu, Operands{{a[0], a[1], a[2], a[3]}, b}, [](const Operands* const* in, Product** out) {
-        float left[16][16], right[16][N];
-        for (int lane = 0; lane < WARP; ++lane)
-          for (int r = 0; r < 4; ++r)
-            for (int half = 0; half < 2; ++half)
-              left[lane / 4 + r % 2 * 8][lane % 4 * 2 + r / 2 * 8 + half] = element<T>(in[lane]->a[r], half);
-        for (int k = 0; k < 16; ++k)
-          for (int n = 0; n < N; ++n) right[k][n] = described<T>(in[0]->b, MN_MAJOR_B, n, k);
-        float sums[16][N] = {};
-        for (int row = 0; row < 16; ++row)
+  host::hand_on(host::state.self().products, [&d, &a, b] {  // reads registers and shared memory when it runs
+    const Product p = host::warp_collective<Product>(
+        0xffffffffu, Operands{{a[0], a[1], a[2], a[3]}, b}, [](const Operands* const* in, Product** out) {
+          float left[16][16], right[16][N];
+          for (int lane = 0; lane < WARP; ++lane)
+            for (int r = 0; r < 4; ++r)
+              for (int half = 0; half < 2; ++half)
+                left[lane / 4 + r % 2 * 8][lane % 4 * 2 + r / 2 * 8 + half] = element<T>(in[lane]->a[r], half);
           for (int k = 0; k < 16; ++k)
-            for (int n = 0; n < N; ++n) sums[row][n] += left[row][k] * right[k][n];
-        for (int lane = 0; lane < WARP; ++lane)
-          for (int i = 0; i < N / 2; ++i)
-            out[lane]->at[i] = sums[lane / 4 + i / 2 % 2 * 8][i / 4 * 8 + lane % 4 * 2 + i % 2];
-      });
-  for (int i = 0; i < N / 2; ++i) d[i] += p.at[i];
+            for (int n = 0; n < N; ++n) right[k][n] = described<T>(in[0]->b, MN_MAJOR_B, n, k);
+          float sums[16][N] = {};
+          for (int row = 0; row < 16; ++row)
+            for (int k = 0; k < 16; ++k)
+              for (int n = 0; n < N; ++n) sums[row][n] += left[row][k] * right[k][n];
+          for (int lane = 0; lane < WARP; ++lane)
+            for (int i = 0; i < N / 2; ++i)
+              out[lane]->at[i] = sums[lane / 4 + i / 2 % 2 * 8][i / 4 * 8 + lane % 4 * 2 + i % 2];
+        });
+    for (int i = 0; i < N / 2; ++i) d[i] += p.at[i];
+  });
 #else
   if constexpr (std::is_same_v<T, __half>) {
     WGMMA_OF("f16")

@@ -96,26 +96,49 @@ def on_host(source=None):
     launch_module.launch = functools.partial(call, source=source)
     torch.use_deterministic_algorithms(True)  # and with it, NaN in what torch.empty gives
     try:
-        yield SimpleNamespace(host_reverse=host_reverse)
+        yield SimpleNamespace(host_order=host_order)
     finally:
         launch_module.launch = before[0]
         torch.use_deterministic_algorithms(before[1])
 
 
-def host_reverse(on):
-    """Let the threads and blocks of every kernel run in order (0), or the other way around (1)."""
+def host_order(order):
+    """Let the threads and blocks of every kernel run in order (0), the other way around (1), or warps by chance."""
     for loaded in LOADED:
-        loaded.host_reverse(on)
+        loaded.host_order(order)
+
+
+def host_late(on):
+    """Let what a GPU does by itself be done at once (0), or at the last moment that the kernels' waits allow (1)."""
+    for loaded in LOADED:
+        loaded.host_late(on)
+
+
+def in_orders(run, orders):
+    """The results of `run` in each order, of which the first also loads what it needs."""
+    found = []
+    try:
+        for order in orders:
+            host_order(order)
+            found.append(run())
+    finally:
+        host_order(0)
+    return found
 
 
 def in_both_orders(run):
-    """The results of `run` in order, which also loads what it needs, and the other way around."""
-    forwards = run()
-    host_reverse(1)
+    """The results of `run` in order, and the other way around."""
+    return in_orders(run, (0, 1))
+
+
+def in_every_order(run):
+    """As `in_both_orders`, and by chance, each also with all that is asynchronous as late as can be: six results."""
+    early = in_orders(run, (0, 1, 2))
+    host_late(1)
     try:
-        return forwards, run()
+        return early + in_orders(run, (0, 1, 3))
     finally:
-        host_reverse(0)
+        host_late(0)
 
 
 def assert_sum_accurate(ours, twin, oracle, name, size):
