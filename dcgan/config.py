@@ -127,7 +127,7 @@ RESUMED_BY = {"fingerprint", "steps_per_epoch", "threads"}
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device named, or a GPU where there is one. Raises InputError for one that is not there."""
+    """The device named, or a GPU where there is one. Raises InputError for one that is not there or does not start."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -136,8 +136,13 @@ def choose_device(name: str | None) -> torch.device:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"--device {name}: accepted are cpu, cuda and cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+        try:
+            torch.cuda.init()
+        except RuntimeError as error:  # a driver too old for this torch: NVML counts the GPU all the same
+            raise InputError(f"--device {name}: {error}") from None
     return device
 
 

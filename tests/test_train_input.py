@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from runs import SMALL, run
 
 from dcgan import checkpoint as checkpoints
@@ -45,6 +46,17 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, 
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and said in lines[0]
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_gpu_that_the_driver_does_not_start_is_one_line_and_exit_code_2(monkeypatch, capsys):
+    def init():
+        raise RuntimeError("The NVIDIA driver on your system is too old\n(found version 12020).")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # NVML's count
+    monkeypatch.setattr(torch.cuda, "init", init)
+    assert run("--device", "cuda") == 2
+    said = "error: --device cuda: The NVIDIA driver on your system is too old (found version 12020).\n"
+    assert capsys.readouterr().err == said
 
 
 @pytest.fixture(scope="module")
