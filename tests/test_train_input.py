@@ -36,7 +36,7 @@ from dcgan import checkpoint as checkpoints
         ("--fused --no-channels-last", "--no-channels-last: --fused works in channels_last memory alone"),
         ("--fused --compile", "--compile is of the plain step and of --fused modules"),
         ("--cuda-graph --device cpu", "--cuda-graph needs a CUDA device, this is cpu"),
-        ("--fused modules --backend cuda", "kernels._C is not built"),
+        ("--fused modules --backend cuda --device cpu", "by cuda: the extension"),
         ("--fused modules --backend triton --device cpu", "need a CUDA device"),
     ],
 )
