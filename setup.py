@@ -1,7 +1,8 @@
 """The build of the CUDA extension; metadata lives in pyproject.toml.
 
 DCGAN_BUILD_CUDA: `auto` (the default) builds kernels._C where nvcc and a CUDA build of torch are, and otherwise, or
-where the build fails, goes on without; `1` needs nvcc alone, and fails where it cannot build; `0` never builds.
+where the build fails, goes on without; `1` needs nvcc alone, and fails where it cannot build; `0` never builds, and
+leaves no extension of an earlier build.
 TORCH_CUDA_ARCH_LIST: GPUs to build for, as for any extension of torch. MAX_JOBS: compilers at a time.
 
 torch's headers are needed, so pip must let the build see the installed torch: `pip install --no-build-isolation -e .`.
@@ -131,6 +132,8 @@ class BuildCuda(build_ext):
                     shutil.copy(source, target)
 
     def build_cuda(self, target: Path) -> None:
+        if mode() == "0":
+            raise CompileError("DCGAN_BUILD_CUDA was 0")
         nvcc = find_nvcc()
         if nvcc is None:
             raise CompileError("nvcc was not found in CUDA_HOME, PATH or /usr/local/cuda")
@@ -140,7 +143,7 @@ class BuildCuda(build_ext):
             raise CompileError("torch is not visible to the build: install with pip's --no-build-isolation") from None
         except OSError as error:  # a library that torch needs is missing
             raise CompileError(f"torch does not load: {error}") from None
-        if optional() and torch.version.cuda is None:
+        if mode() == "auto" and torch.version.cuda is None:
             raise CompileError(f"torch {torch.__version__} has no CUDA (DCGAN_BUILD_CUDA=1 builds all the same)")
         build(nvcc, Path(torch.__file__).parent, Path(self.build_temp) / "kernels_C", target)
 
@@ -155,18 +158,16 @@ def remove(target: Path) -> None:
     reason_beside(target).unlink(missing_ok=True)
 
 
-def optional() -> bool:
-    return os.environ.get("DCGAN_BUILD_CUDA", "auto") == "auto"
+def mode() -> str:
+    wanted = os.environ.get("DCGAN_BUILD_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        raise SystemExit(f"DCGAN_BUILD_CUDA is {wanted!r}: accepted are auto, 0 and 1")
+    return wanted
 
 
 def extensions() -> list[Extension]:
-    mode = os.environ.get("DCGAN_BUILD_CUDA", "auto")
-    if mode not in ("auto", "0", "1"):
-        raise SystemExit(f"DCGAN_BUILD_CUDA is {mode!r}: accepted are auto, 0 and 1")
-    if mode == "0":
-        return []
     sources, headers = (sorted(map(str, CSRC.glob(pattern))) for pattern in ("*.c*", "*.h"))
-    return [Extension("kernels._C", sources, depends=headers, optional=mode == "auto", py_limited_api=True)]
+    return [Extension("kernels._C", sources, depends=headers, optional=mode() != "1", py_limited_api=True)]
 
 
 if __name__ == "__main__":
