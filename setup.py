@@ -61,9 +61,9 @@ def commands(nvcc: str, torch: Path, objects: Path, target: Path) -> list[tuple[
         compile_ = [nvcc, *FLAGS, *(arch if source.suffix == ".cu" else []), f"-isystem={torch}/include"]
         steps.append((out, [*compile_, "-c", str(source), "-o", str(out)], [source, *headers, Path("setup.py")]))
     made = [out for out, _, _ in steps]
-    # cudart is linked in, so that the library loads with any torch; no rpath, since torch is there before it
-    names = [name for name in ("torch", "torch_cpu", "torch_cuda") if (torch / "lib" / f"lib{name}.so").exists()]
-    libraries = ["-Xlinker=--no-as-needed", f"-L{torch}/lib", *(f"-l{name}" for name in names)]
+    # cudart is linked in, and torch_cuda left to libtorch.so, which brings it where there is one: so the library loads
+    # with any torch; no rpath, since torch is there before it
+    libraries = ["-Xlinker=--no-as-needed", f"-L{torch}/lib", "-ltorch", "-ltorch_cpu"]
     link = [nvcc, "-shared", "-cudart=static", *map(str, made), *libraries, "-o", str(target)]
     return [*steps, (target, link, made)]
 
