@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "block.h"
+#include "ticket.h"
 
 namespace {
 
@@ -103,7 +104,8 @@ __global__ void __launch_bounds__(THREADS, 4) adam_kernel(
 #pragma unroll 1
         for (int j = i; j < a.left; ++j) update<1>(a, j, rate, root, unscale, k);
     }
-  if (!last_block(reinterpret_cast<unsigned*>(flags), gridDim.x) || threadIdx.x) return;
+  __shared__ int flag;
+  if (!last_block(reinterpret_cast<unsigned*>(flags), gridDim.x, &flag) || threadIdx.x) return;
   if (sound && k.step_is_float) *static_cast<float*>(step) += 1;
   if (sound && !k.step_is_float) *static_cast<int64_t*>(step) += 1;
   if (loss_scale) move_scale(loss_scale, sound, k), flags[1] = 0;

@@ -6,6 +6,7 @@
 #include "batch_norm.h"
 
 #include "block.h"
+#include "merge.h"
 
 namespace {
 
@@ -57,15 +58,6 @@ __device__ __forceinline__ void per_channel(
 template <int N>
 __device__ __forceinline__ float* partial(float* values, int row, const Sizes& s, const Place& p) {
   return values + (int64_t(row * s.groups + p.group) * s.tiles + p.tile) * s.channels + p.c;
-}
-
-// Count, mean and M2 of two sets of values as those of their union (Chan, Golub and LeVeque 1979, eq. 2.1).
-__device__ __forceinline__ void chan(float& n, float& mean, float& m2, float n_new, float mean_new, float m2_new) {
-  if (n_new == 0) return;
-  const float total = n + n_new, part = n_new / total, delta = mean_new - mean;
-  mean += delta * part;
-  m2 += m2_new + delta * delta * n * part;
-  n = total;
 }
 
 // Mean and M2 = Σ(y − mean)² of each channel of a tile.
@@ -133,9 +125,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) statistics(const T* y, float*
 // Accumulates in fp32 by Chan's formula: each line its tiles in order, then over the lines.
 // Beats the library by reading the partials and not the tensor, which is hundreds of times larger.
 __global__ void __launch_bounds__(THREADS) merge_statistics(
-    const float* values, const float* counts, const float* weight, const float* bias, float* running_mean,
-    float* running_var, int64_t* tracked, float* state, int groups, int tiles, int channels, float eps,
-    float momentum) {
+    const float* values, const float* counts, Norm norm, int64_t* tracked, float* state, int groups, int tiles,
+    int channels) {
   const int line = threadIdx.x / MERGE_COLUMNS, c = blockIdx.x * MERGE_COLUMNS + threadIdx.x % MERGE_COLUMNS;
   const bool inside = c < channels;
   const int64_t row = int64_t(groups) * channels;
@@ -151,14 +142,7 @@ __global__ void __launch_bounds__(THREADS) merge_statistics(
       chan(a[0], a[1], a[2], b[0], b[1], b[2]);
     });
     if (line || !inside) continue;
-    const float n = mine[0], mean = mine[1], m2 = mine[2];
-    const float rstd = 1 / sqrtf(m2 / n + eps), scale = weight[c] * rstd;
-    float* to = state + int64_t(group) * channels + c;
-    to[0] = mean, to[row] = rstd, to[2 * row] = scale, to[3 * row] = fmaf(-mean, scale, bias[c]);
-    if (running_mean) {
-      running_mean[c] += momentum * (mean - running_mean[c]);
-      running_var[c] += momentum * (m2 / (n - 1) - running_var[c]);
-    }
+    settle_statistics(norm, state + int64_t(group) * channels + c, row, c, mine[0], mine[1], mine[2]);
   }
   if (tracked && blockIdx.x == 0 && threadIdx.x == 0) *tracked += groups;
 }
@@ -330,8 +314,9 @@ cudaError_t bn_merge_statistics(
     Maybe<float> running_mean, Maybe<float> running_var, Maybe<int64_t> tracked, float* state, int64_t groups,
     int64_t tiles, int64_t channels, double eps, double momentum) {
   return launch(
-      merge_statistics, merge_grid(channels), THREADS, 0, stream, values, counts, weight, bias, running_mean.at,
-      running_var.at, tracked.at, state, int(groups), int(tiles), int(channels), float(eps), float(momentum));
+      merge_statistics, merge_grid(channels), THREADS, 0, stream, values, counts,
+      Norm{weight, bias, running_mean.at, running_var.at, float(eps), float(momentum)}, tracked.at, state, int(groups),
+      int(tiles), int(channels));
 }
 
 cudaError_t bn_apply(

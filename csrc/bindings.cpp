@@ -151,14 +151,12 @@ struct Op<Function> {
   OP(gan_loss, "logits dlogits means dtype per_group groups real") \
   OP(image_conv, "x w y saved state values dtype images groups height width image_channels channels tanh slope") \
   OP(image_conv_transpose, "x w y saved dtype images height width image_channels channels tanh slope") \
-  OP(conv_sm80, "x w y saved state values counts dtype images groups height width into out box_height box_width " \
-      "columns slope") \
-  OP(conv_transpose_sm80, "x w y saved state values counts dtype images groups height width into out box_height " \
-      "box_width columns slope") \
-  OP(conv_sm90, "x w y saved state values counts dtype images groups height width into out box_height box_width " \
-      "columns cluster slope") \
-  OP(conv_transpose_sm90, "x w y saved state values counts dtype images groups height width into out box_height " \
-      "box_width columns cluster slope") \
+  OP(conv_sm80, "x w y saved state values counts rounds round_counts tickets weight bias running_mean running_var " \
+      "tracked dweight dbias merged transposed dtype images groups height width into out box_height box_width " \
+      "columns slope eps momentum") \
+  OP(conv_sm90, "x w y saved state values counts rounds round_counts tickets weight bias running_mean running_var " \
+      "tracked dweight dbias merged transposed dtype images groups height width into out box_height box_width " \
+      "columns cluster slope eps momentum") \
   OP(wgrad_sm90, "low high shares dtype images height width low_channels high_channels box_height box_width columns " \
       "cluster split") \
   OP(image_wgrad, "low high shares dtype images height width image_channels channels split") \

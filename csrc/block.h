@@ -1,5 +1,4 @@
-// What a block's threads do together: sums and merges in a fixed order, so that the same bits come out each run, and
-// finding out which block of a grid is the last.
+// What a block's threads do together: sums and merges in a fixed order, so that the same bits come out each run.
 #pragma once
 
 #include "common.h"
@@ -47,20 +46,4 @@ __device__ __forceinline__ float block_sum(float x) {
 #pragma unroll
   for (int warp = 0; warp < WARPS; ++warp) total += sums[warp];
   return total;
-}
-
-// Whether this block is the last of the grid's `blocks` to come here; each calls it once, after its stores, which the
-// last one then sees: the barrier puts every thread's before thread 0's fence, the fence before its atomic, and the
-// last block's atomic, which reads what all others wrote, before its own fence and the barrier that follows (PTX ISA,
-// "Memory Consistency Model"). atomicInc leaves the ticket at 0 again, for the next launch.
-__device__ __forceinline__ bool last_block(unsigned* ticket, unsigned blocks) {
-  __shared__ bool last;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicInc(ticket, blocks - 1) == blocks - 1;
-    __threadfence();
-  }
-  __syncthreads();
-  return last;
 }

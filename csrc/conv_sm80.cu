@@ -1,6 +1,6 @@
 // conv and conv_transpose k4 s2 p1 between maps of many channels, for sm_80 on: cp.async into mma.sync.
 #include "async_copy.h"
-#include "conv_tile.h"
+#include "conv_merge.h"
 
 namespace {
 
@@ -24,6 +24,7 @@ struct Arguments {
   const T *x, *w;
   ConvShape shape;
   ConvOutput<T> out;
+  ConvMerge merge;
 };
 
 // A thread's share of a tile's pixels: vector `lane` of rows line, line + 32, …, and of each where its first tap lies.
@@ -145,41 +146,41 @@ __global__ void __launch_bounds__(THREADS, 1) conv_sm80_kernel(Arguments<T> a) {
   __syncthreads();  // the epilogue's sums take the tiles' place
   finish_tile<T, ROW_TILES, 16, P::N, COLUMNS, LINES, THREADS>(
       d, warp / 2 * WARP_ROWS + lane / 4, warp % 2 * P::N, warp / 2, s, tile, a.out, reinterpret_cast<float*>(memory));
+  if (a.merge.tickets) merge_tiles<T, COLUMNS, THREADS>(s, tile, a.out, a.merge, reinterpret_cast<int*>(memory));
 }
 
-template <bool TRANSPOSED>
-cudaError_t conv(
-    cudaStream_t stream, const void* x, const void* w, void* y, Maybe<const void> saved, Maybe<const float> state,
-    Maybe<float> values, Maybe<float> counts, int64_t dtype, const ConvShape& shape, int64_t columns, double slope) {
-  return by_dtype(dtype, [&]<class T>() {
-    if constexpr (sizeof(T) == 2) {
-      const Arguments<T> a{
-          static_cast<const T*>(x), static_cast<const T*>(w), shape,
-          conv_output<T>(y, saved, state, values, counts, slope)};
-      const unsigned grid = unsigned(shape.groups) * shape.boxes() * shape.phases * cdiv(shape.out, int(columns));
-      switch (columns) {
-        case 64: return launch(conv_sm80_kernel<T, 64, TRANSPOSED>, grid, THREADS, Plan<64>::TOTAL, stream, a);
-        case 128: return launch(conv_sm80_kernel<T, 128, TRANSPOSED>, grid, THREADS, Plan<128>::TOTAL, stream, a);
-      }
-    }
-    return cudaErrorInvalidValue;
-  });
+template <class T, bool TRANSPOSED>
+cudaError_t run(cudaStream_t stream, const Arguments<T>& a, int64_t columns) {
+  const ConvShape& s = a.shape;
+  const unsigned grid = unsigned(s.groups) * s.boxes() * s.phases * cdiv(s.out, int(columns));
+  switch (columns) {
+    case 64: return launch(conv_sm80_kernel<T, 64, TRANSPOSED>, grid, THREADS, Plan<64>::TOTAL, stream, a);
+    case 128: return launch(conv_sm80_kernel<T, 128, TRANSPOSED>, grid, THREADS, Plan<128>::TOTAL, stream, a);
+    default: return cudaErrorInvalidValue;
+  }
 }
 
 }  // namespace
 
 cudaError_t conv_sm80(
     cudaStream_t stream, const void* x, const void* w, void* y, Maybe<const void> saved, Maybe<const float> state,
-    Maybe<float> values, Maybe<float> counts, int64_t dtype, int64_t images, int64_t groups, int64_t height,
-    int64_t width, int64_t into, int64_t out, int64_t box_height, int64_t box_width, int64_t columns, double slope) {
-  const auto shape = conv_shape(images, groups, height, width, into, out, box_height, box_width, false);
-  return conv<false>(stream, x, w, y, saved, state, values, counts, dtype, shape, columns, slope);
-}
-
-cudaError_t conv_transpose_sm80(
-    cudaStream_t stream, const void* x, const void* w, void* y, Maybe<const void> saved, Maybe<const float> state,
-    Maybe<float> values, Maybe<float> counts, int64_t dtype, int64_t images, int64_t groups, int64_t height,
-    int64_t width, int64_t into, int64_t out, int64_t box_height, int64_t box_width, int64_t columns, double slope) {
-  const auto shape = conv_shape(images, groups, height, width, into, out, box_height, box_width, true);
-  return conv<true>(stream, x, w, y, saved, state, values, counts, dtype, shape, columns, slope);
+    Maybe<float> values, Maybe<float> counts, Maybe<float> rounds, Maybe<float> round_counts, Maybe<int32_t> tickets,
+    Maybe<const float> weight, Maybe<const float> bias, Maybe<float> running_mean, Maybe<float> running_var,
+    Maybe<int64_t> tracked, Maybe<float> dweight, Maybe<float> dbias, Maybe<float> merged, int64_t transposed,
+    int64_t dtype, int64_t images, int64_t groups, int64_t height, int64_t width, int64_t into, int64_t out,
+    int64_t box_height, int64_t box_width, int64_t columns, double slope, double eps, double momentum) {
+  const auto shape = conv_shape(images, groups, height, width, into, out, box_height, box_width, transposed);
+  const ConvMerge merge{
+      rounds.at, round_counts.at, reinterpret_cast<unsigned*>(tickets.at),
+      {weight.at, bias.at, running_mean.at, running_var.at, float(eps), float(momentum)},
+      tracked.at, dweight.at, dbias.at, merged.at};
+  return by_dtype(dtype, [&]<class T>() {
+    if constexpr (sizeof(T) == 2) {
+      const Arguments<T> a{
+          static_cast<const T*>(x), static_cast<const T*>(w), shape,
+          {static_cast<T*>(y), static_cast<const T*>(saved.at), state.at, values.at, counts.at, float(slope)}, merge};
+      return transposed ? run<T, true>(stream, a, columns) : run<T, false>(stream, a, columns);
+    }
+    return cudaErrorInvalidValue;
+  });
 }

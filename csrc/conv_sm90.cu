@@ -1,6 +1,6 @@
 // conv and conv_transpose k4 s2 p1 between maps of many channels, for sm_90a: TMA boxes into wgmma, each pixel loaded once
 // for four taps, and the weights once for a cluster.
-#include "conv_tile.h"
+#include "conv_merge.h"
 #include "wgmma.h"
 
 namespace {
@@ -37,6 +37,7 @@ template <class T>
 struct Arguments {
   ConvShape shape;
   ConvOutput<T> out;
+  ConvMerge merge;
   int cluster, part;            // blocks; rows of a stage (of 64 columns of one) that each of them loads
   int plane_rows, plane_bytes;  // pixels of a plane, and the room it has: whole atoms of the swizzle
   int stages;
@@ -186,12 +187,14 @@ __global__ void __launch_bounds__(THREADS, Plan<COLUMNS>::BLOCKS)
   if (a.cluster > 1) cluster_barrier();  // before a block ends that others still signal
   finish_tile<T, ROW_TILES, 64, COLUMNS, COLUMNS, WARPS, THREADS>(
       d, warp * 16 + lane / 4, 0, warp, s, tile, a.out, sums);
+  if (a.merge.tickets) merge_tiles<T, COLUMNS, THREADS>(s, tile, a.out, a.merge, reinterpret_cast<int*>(sums));
 #endif
 }
 
 template <class T, int COLUMNS, bool TRANSPOSED>
 cudaError_t run(
-    cudaStream_t stream, const void* x, const void* w, const ConvShape& s, const ConvOutput<T>& out, int cluster) {
+    cudaStream_t stream, const void* x, const void* w, const ConvShape& s, const ConvOutput<T>& out,
+    const ConvMerge& merge, int cluster) {
   using P = Plan<COLUMNS>;
   if (cluster < 1 || cluster > 8 || (cluster & (cluster - 1)) || s.groups * s.boxes() % cluster)
     return cudaErrorInvalidValue;
@@ -214,43 +217,37 @@ cudaError_t run(
   const auto kernel = conv_sm90_kernel<T, COLUMNS, TRANSPOSED>;
   error = built_for_sm90a(reinterpret_cast<const void*>(kernel), COLUMNS);
   if (error != cudaSuccess) return error;
-  const Arguments<T> a{s, out, cluster, part, rows, plane_bytes, P::stages(plane_bytes)};
+  const Arguments<T> a{s, out, merge, cluster, part, rows, plane_bytes, P::stages(plane_bytes)};
   return launch(kernel, Grid(grid, unsigned(cluster)), THREADS, P::total(plane_bytes), stream, pixels, weights, a);
-}
-
-template <bool TRANSPOSED>
-cudaError_t conv(
-    cudaStream_t stream, const void* x, const void* w, void* y, Maybe<const void> saved, Maybe<const float> state,
-    Maybe<float> values, Maybe<float> counts, int64_t dtype, const ConvShape& shape, int64_t columns, int64_t cluster,
-    double slope) {
-  return by_dtype(dtype, [&]<class T>() {
-    if constexpr (sizeof(T) == 2) {
-      const auto out = conv_output<T>(y, saved, state, values, counts, slope);
-      switch (columns) {
-        case 64: return run<T, 64, TRANSPOSED>(stream, x, w, shape, out, int(cluster));
-        case 128: return run<T, 128, TRANSPOSED>(stream, x, w, shape, out, int(cluster));
-      }
-    }
-    return cudaErrorInvalidValue;
-  });
 }
 
 }  // namespace
 
 cudaError_t conv_sm90(
     cudaStream_t stream, const void* x, const void* w, void* y, Maybe<const void> saved, Maybe<const float> state,
-    Maybe<float> values, Maybe<float> counts, int64_t dtype, int64_t images, int64_t groups, int64_t height,
-    int64_t width, int64_t into, int64_t out, int64_t box_height, int64_t box_width, int64_t columns, int64_t cluster,
-    double slope) {
-  const auto shape = conv_shape(images, groups, height, width, into, out, box_height, box_width, false);
-  return conv<false>(stream, x, w, y, saved, state, values, counts, dtype, shape, columns, cluster, slope);
-}
-
-cudaError_t conv_transpose_sm90(
-    cudaStream_t stream, const void* x, const void* w, void* y, Maybe<const void> saved, Maybe<const float> state,
-    Maybe<float> values, Maybe<float> counts, int64_t dtype, int64_t images, int64_t groups, int64_t height,
-    int64_t width, int64_t into, int64_t out, int64_t box_height, int64_t box_width, int64_t columns, int64_t cluster,
-    double slope) {
-  const auto shape = conv_shape(images, groups, height, width, into, out, box_height, box_width, true);
-  return conv<true>(stream, x, w, y, saved, state, values, counts, dtype, shape, columns, cluster, slope);
+    Maybe<float> values, Maybe<float> counts, Maybe<float> rounds, Maybe<float> round_counts, Maybe<int32_t> tickets,
+    Maybe<const float> weight, Maybe<const float> bias, Maybe<float> running_mean, Maybe<float> running_var,
+    Maybe<int64_t> tracked, Maybe<float> dweight, Maybe<float> dbias, Maybe<float> merged, int64_t transposed,
+    int64_t dtype, int64_t images, int64_t groups, int64_t height, int64_t width, int64_t into, int64_t out,
+    int64_t box_height, int64_t box_width, int64_t columns, int64_t cluster, double slope, double eps, double momentum) {
+  const auto shape = conv_shape(images, groups, height, width, into, out, box_height, box_width, transposed);
+  const ConvMerge merge{
+      rounds.at, round_counts.at, reinterpret_cast<unsigned*>(tickets.at),
+      {weight.at, bias.at, running_mean.at, running_var.at, float(eps), float(momentum)},
+      tracked.at, dweight.at, dbias.at, merged.at};
+  return by_dtype(dtype, [&]<class T>() {
+    if constexpr (sizeof(T) == 2) {
+      const ConvOutput<T> output{
+          static_cast<T*>(y), static_cast<const T*>(saved.at), state.at, values.at, counts.at, float(slope)};
+      const auto with = [&]<int COLUMNS>() {
+        return transposed ? run<T, COLUMNS, true>(stream, x, w, shape, output, merge, int(cluster))
+                          : run<T, COLUMNS, false>(stream, x, w, shape, output, merge, int(cluster));
+      };
+      switch (columns) {
+        case 64: return with.template operator()<64>();
+        case 128: return with.template operator()<128>();
+      }
+    }
+    return cudaErrorInvalidValue;
+  });
 }

@@ -88,13 +88,6 @@ struct ConvOutput {
   float slope;
 };
 
-template <class T>
-ConvOutput<T> conv_output(
-    void* y, Maybe<const void> saved, Maybe<const float> state, Maybe<float> values, Maybe<float> counts,
-    double slope) {
-  return {static_cast<T*>(y), static_cast<const T*>(saved.at), state.at, values.at, counts.at, float(slope)};
-}
-
 // The sum of what the eight threads with the same columns hold; in each of them.
 __device__ __forceinline__ float column_sum(float x) {
 #pragma unroll

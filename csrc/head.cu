@@ -4,6 +4,7 @@
 // The layer reduces a whole feature map to one logit, so each feature is used once, and the batch norm before it can be
 // applied as the features are read: neither they nor their gradient is ever written activated.
 #include "head.h"
+#include "ticket.h"
 
 #include "block.h"
 
@@ -74,7 +75,8 @@ __global__ void __launch_bounds__(THREADS, 2) head_kernel(
     const float slope_of_mean = cross_entropy(logit, s.real >> group & 1).slope / s.per_group;
     dlogits[blockIdx.x] = loss_scale ? slope_of_mean * *loss_scale : slope_of_mean;
   }
-  if (last_block(ticket, gridDim.x))
+  __shared__ int flag;
+  if (last_block(ticket, gridDim.x, &flag))
     for (int g = 0; g < s.groups; ++g) group_means<float>(logits, nullptr, means, g, s);
 }
 

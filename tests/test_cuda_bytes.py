@@ -132,7 +132,7 @@ def test_products_store_their_output_once(traffic, monkeypatch, kind, most):
     size = 8 if kind == "conv" else 4
     x, weight = noise(2, size, size, 64), noise(64, 4, 4, 64) / 32
     made = []
-    moved = traffic(lambda: made.extend(getattr(conv, kind)(x, weight, Epilogue(statistics=True))))[f"{kind}_sm80"]
+    moved = traffic(lambda: made.extend(getattr(conv, kind)(x, weight, Epilogue(statistics=True))))["conv_sm80"]
     assert moved["y"] == (0, made[0].nbytes) and moved["values"] == (0, made[1].values.nbytes)
     assert x.nbytes < moved["x"][0] < most * x.nbytes and moved["w"][0] == weight.nbytes
 

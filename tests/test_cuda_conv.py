@@ -5,6 +5,7 @@ which pixel and channel an accumulator is of, and the counting of the pipeline's
 units agree with the model only a GPU can tell.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,8 @@ from interpreter import assert_accurate, generated, tensor
 
 from kernels import reference
 from kernels._cuda import conv as products
-from kernels.geometry import CUDA_CLUSTERS, CUDA_COLUMNS, CudaConfig, Epilogue
+from kernels._cuda import launch
+from kernels.geometry import CUDA_CLUSTERS, CUDA_COLUMNS, CudaConfig, Epilogue, Merge
 
 OURS = {"conv": products.conv, "conv_transpose": products.conv_transpose}
 SERVED = [(mode, activation) for mode, activation in MODES if activation != "tanh"]
@@ -61,6 +63,59 @@ def test_shapes(kind, images, groups, height, width, into, out, config, source):
 @pytest.mark.parametrize("mode, activation", SERVED)
 def test_epilogues(kind, mode, activation, source):
     check(kind, 2, 2, 4, 6, 64, 128, mode=mode, activation=activation)
+
+
+def test_the_last_blocks_settle_the_batch_norm(source):
+    """As launches of their own do: over two groups, over two rounds of tiles, and twice: the tickets are put back."""
+    generator = torch.Generator().manual_seed(0)
+    shape, options = (18, 16, 16, 64), {"config": CudaConfig(64, 2)}
+    x, weight = tensor(generator, 18, 8, 8, 64, dtype=BF16), tensor(generator, 64, 4, 4, 64, dtype=BF16) / 32
+    gamma, beta = (tensor(generator, 64) for _ in range(2))
+
+    def state_of(launch):
+        mean, var, tracked = torch.zeros(64), torch.ones(64), torch.tensor(5)
+        epilogue = Epilogue(statistics=True, groups=2)
+        return *launch(epilogue, Merge(gamma, beta, mean, var, tracked, 1e-3, 0.25)), mean, var, tracked.float()
+
+    def gradients_of(launch):
+        dweight, dbias = torch.empty(64), torch.empty(64)
+        epilogue = epilogue_of(torch.Generator().manual_seed(1), "batch_norm_grad", "relu", 2, shape, BF16)
+        return *launch(epilogue, Merge(dweight, dbias)), dweight, dbias
+
+    def together(epilogue, merge):
+        return products.conv_transpose(x, weight, replace(epilogue, merge=merge), **options)
+
+    def apart(epilogue, merge):
+        y, partials = products.conv_transpose(x, weight, epilogue, **options)
+        assert partials.values.shape[2] == 20
+        if epilogue.statistics:
+            return y, reference.merge_statistics(partials, *merge)
+        return y, reference.merge_sums(partials, 9 * 256, merge[:2])[2]
+
+    for made in (state_of, gradients_of):
+        expected = made(apart)
+        for _ in range(2):
+            for ours, theirs in zip(made(together), expected, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+    one = epilogue_of(torch.Generator().manual_seed(1), "batch_norm_grad", "relu", 1, shape, BF16)
+    _, means = together(one, Merge(None, None))  # 36 tiles: two rounds
+    _, partials = products.conv_transpose(x, weight, one, **options)
+    torch.testing.assert_close(means, reference.merge_sums(partials, 18 * 256)[2], rtol=2e-5, atol=2e-5)
+    assert not launch.tickets(x, 1).any()
+
+
+@pytest.mark.parametrize(
+    "merge, groups, message",
+    [
+        (Merge(torch.zeros(63), torch.zeros(64)), 1, r"merge.weight has shape \(63,\)"),
+        (Merge(torch.zeros(64), torch.zeros(64), tracked=torch.zeros(())), 1, "merge.tracked is torch.float32"),
+        (Merge(torch.zeros(64), torch.zeros(64)), 2, "at least 2"),
+    ],
+)
+def test_a_batch_norm_that_does_not_fit(merge, groups, message):
+    x, weight = torch.zeros(2, 2, 2, 64, dtype=BF16), torch.zeros(64, 4, 4, 64, dtype=BF16)
+    with pytest.raises(ValueError, match=message):
+        products.conv(x, weight, Epilogue(statistics=True, groups=groups, merge=merge))
 
 
 def test_half_precision(source):

@@ -70,7 +70,9 @@ def test_each_pixel_is_loaded_once_for_four_taps_and_weights_once_a_cluster(
         first = noise(*(high if kernel == "conv" else low), into)
         second = noise(*((out, 4, 4, into) if kernel == "conv" else (into, 4, 4, out)))
         names, more = ("x", "w"), (Epilogue(statistics=True, groups=groups),)
-    moved = traffic(lambda: getattr(conv, kernel)(first, second, *more, config=config))[f"{kernel}_sm90"]
+    moved = traffic(lambda: getattr(conv, kernel)(first, second, *more, config=config))[
+        "wgrad_sm90" if kernel == "wgrad" else "conv_sm90"
+    ]
     expected = from_l2(kernel, images, groups, size, into, out, config)
     assert tuple(moved[name][0] for name in names) == expected
 

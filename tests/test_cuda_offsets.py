@@ -63,10 +63,10 @@ def test_products(source):
     low, high, weight = (IMAGES, 4, 4, 64), (IMAGES, 8, 8, 64), noise(64, 4, 4, 64, seed=1) / 32
     boxes = -(-IMAGES // 8)  # eight images a box, of which the last has one
     for kind, x, y, phases in (("conv", high, low, 1), ("conv_transpose", low, high, 4)):
-        op, x, saved, y = f"{kind}_{source}", filled(*x), filled(*y, seed=2), sparse(*y)
-        sizes = IMAGES, 1, 4, 4, 64, 64, *box(4, 4), 64, *([1] if source == "sm90" else []), 0.2
+        op, x, saved, y = f"conv_{source}", filled(*x), filled(*y, seed=2), sparse(*y)
+        sizes = IMAGES, 1, 4, 4, 64, 64, *box(4, 4), 64, *([1] if source == "sm90" else []), 0.2, 0.0, 0.0
         with blocks(op, (boxes - 1) * phases, boxes * phases - 1):
-            call(op, x, weight, y, saved, None, None, None, DTYPES[BF16], *sizes)
+            call(op, x, weight, y, saved, *[None] * 14, int(phases > 1), DTYPES[BF16], *sizes)
         close(y[-1:], getattr(reference, kind)(x[-1:], weight, Epilogue("leaky_relu", saved=saved[-1:]))[0])
         assert not y[-2].any()
 

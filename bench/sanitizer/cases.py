@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from kernels.geometry import Deferred, Epilogue, Shares
+from kernels.geometry import Deferred, Epilogue, Merge, Shares
 
 GROUPS = 2
 Noise = Callable[..., Tensor]
@@ -34,13 +34,17 @@ def state_of(noise: Noise, channels: int) -> Tensor:
 
 
 def epilogues(noise: Noise, shape: tuple[int, ...], dtype: torch.dtype) -> list[Epilogue]:
-    """One of each mode, for an output of `shape`."""
+    """One of each mode, for an output of `shape`; those with sums also with the batch norm settled."""
     saved, state = noise(*shape, dtype=dtype), state_of(noise, shape[3])
+    weight, bias, mean, var = (noise(shape[3], dtype=torch.float32) for _ in range(4))
+    norm = Merge(weight, bias, mean, var, torch.zeros((), dtype=torch.int64).to(saved.device))
     return [
         Epilogue("leaky_relu", groups=GROUPS),
         Epilogue(statistics=True, groups=GROUPS),
         Epilogue("leaky_relu", groups=GROUPS, saved=saved),
         Epilogue("relu", groups=GROUPS, saved=saved, state=state),
+        Epilogue(statistics=True, groups=GROUPS, merge=norm),
+        Epilogue("relu", groups=GROUPS, saved=saved, state=state, merge=Merge(weight, bias)),
     ]
 
 

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from kernels._cuda import image
 from kernels._cuda import launch as _launch
-from kernels._cuda.epilogue import check_conv, check_conv_transpose, check_epilogue, check_wgrad, output
+from kernels._cuda.epilogue import (
+    check_conv,
+    check_conv_transpose,
+    check_epilogue,
+    check_wgrad,
+    left,
+    merging,
+    output,
+)
 from kernels._cuda.launch import DTYPES, slope_of
 from kernels._cuda.shares import empty_shares, settle
 from kernels.geometry import CUDA_CLUSTERS, CUDA_COLUMNS, CudaConfig, Epilogue, Partials, Shares
@@ -81,7 +89,7 @@ def default_config(tiles: int, phases: int, out: int, source: str = "sm90") -> C
 def _product(
     kernel: str, x: Tensor, weight: Tensor, e: Epilogue, sizes: tuple[int, ...], config: CudaConfig | None,
     to: Tensor | None,
-) -> tuple[Tensor, Partials | None]:  # fmt: skip
+) -> tuple[Tensor, Partials | Tensor | None]:  # fmt: skip
     images, height, width, into, out = sizes
     scale = 2 if kernel == "conv_transpose" else 1
     y = output(to, (images, scale * height, scale * width, out), x, x.dtype)
@@ -96,17 +104,19 @@ def _product(
     tile = (*box(height, width), config.columns)
     if made_for == "sm90":
         tile = (*tile, cluster_of(tiles, config.cluster))
+    merge = merging(e, values, y[..., 0].numel() // e.groups, config.columns)
+    eps, momentum = (e.merge.eps, e.merge.momentum) if e.merge else (0.0, 0.0)
     _launch.launch(
-        f"{kernel}_{made_for}", x, weight, y, e.saved, e.state, values, counts, DTYPES[x.dtype], images, e.groups,
-        height, width, into, out, *tile, slope_of(e.activation, e.slope),
+        f"conv_{made_for}", x, weight, y, e.saved, e.state, values, counts, *merge, int(phases > 1), DTYPES[x.dtype],
+        images, e.groups, height, width, into, out, *tile, slope_of(e.activation, e.slope), eps, momentum,
     )  # fmt: skip
-    return y, Partials(values, counts) if e.sums else None
+    return y, left(e, values, counts, merge[-1])
 
 
 def conv(
     x: Tensor, weight: Tensor, epilogue: Epilogue | None = None, precision: str = "ieee",
     config: CudaConfig | None = None,
-) -> tuple[Tensor, Partials | None]:  # fmt: skip
+) -> tuple[Tensor, Partials | Tensor | None]:  # fmt: skip
     """Convolution of kernel 4, stride 2, padding 1, without bias, and its epilogue.
 
     Args:
@@ -117,8 +127,8 @@ def conv(
         config: the tile on the tensor cores; a default where None.
 
     Returns:
-        y (N, H, W, O) of x's dtype, and the tiles' `Partials` where the epilogue takes sums: an epilogue's `merge` is
-        left to the caller.
+        y (N, H, W, O) of x's dtype, and where the epilogue takes sums the tiles' `Partials`, or what its `merge` makes
+        of them: batch norm's state (4, groups, O), or the means (2, groups, O). From an image it is left to the caller.
 
     Raises:
         ValueError: a shape, dtype, layout or configuration that does not fit, by name, or that `missing` names.
@@ -133,7 +143,7 @@ def conv(
 def conv_transpose(
     x: Tensor, weight: Tensor, epilogue: Epilogue | None = None, precision: str = "ieee",
     config: CudaConfig | None = None, out: Tensor | None = None,
-) -> tuple[Tensor, Partials | None]:  # fmt: skip
+) -> tuple[Tensor, Partials | Tensor | None]:  # fmt: skip
     """Transposed convolution of kernel 4, stride 2, padding 1, without bias, and its epilogue.
 
     As `conv`, of x (N, H, W, C) by weight (C, 4, 4, O); y is (N, 2H, 2W, O), and goes to `out` where that is given.

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from kernels.geometry import Epilogue, check_nhwc, check_tensor
+from kernels._cuda.launch import tickets
+from kernels.geometry import Epilogue, Partials, check_nhwc, check_tensor
 
 
 def check_conv(x: Tensor, weight: Tensor) -> tuple[int, int, int, int, int]:
@@ -72,3 +73,47 @@ def check_epilogue(epilogue: Epilogue, out: Tensor, images: int) -> None:
         check_tensor("state", epilogue.state, (4, epilogue.groups, out.shape[3]), torch.float32, out)
     if epilogue.saved is not None:
         check_tensor("saved", epilogue.saved, tuple(out.shape), out.dtype, out)
+
+
+TOGETHER = 32
+"""Tiles that are merged first, as in csrc/conv_merge.h."""
+
+
+def merging(epilogue: Epilogue, values: Tensor | None, rows: int, columns: int) -> tuple[Tensor | None, ...]:
+    """Tensors for a product whose last blocks merge what its tiles leave: rounds, round_counts, tickets, weight, bias,
+    running_mean, running_var, tracked, dweight, dbias, merged; None of each where the epilogue has no `merge`.
+
+    Args:
+        values: (2, groups, tiles, C) of the tiles.
+        rows: pixels of a group.
+        columns: channels of a tile.
+
+    Raises:
+        ValueError: vectors that do not fit, by name.
+    """
+    merge = epilogue.merge
+    if merge is None or values is None:
+        return (None,) * 11
+    _, groups, tiles, channels = values.shape
+    vectors = (merge.weight, merge.bias, merge.running_mean, merge.running_var)
+    for name, vector in zip(("weight", "bias", "running_mean", "running_var"), vectors, strict=True):
+        if vector is not None:
+            check_tensor(f"merge.{name}", vector, (channels,), torch.float32, values)
+    if merge.tracked is not None:
+        check_tensor("merge.tracked", merge.tracked, (), torch.int64, values)
+    if epilogue.statistics and rows == 1:
+        raise ValueError("a group has 1 value a channel: training-mode batch norm needs at least 2")
+    rounds = -(-tiles // TOGETHER)
+    workspace = values.new_empty((2, groups, rounds, channels)), values.new_empty((groups, rounds))
+    zeros = tickets(values, -(-channels // columns) * (1 + groups * rounds))
+    merged = values.new_empty((4 if epilogue.statistics else 2, groups, channels))
+    if epilogue.statistics:
+        return *workspace, zeros, *vectors, merge.tracked, None, None, merged
+    return *workspace, zeros, None, None, None, None, None, merge.weight, merge.bias, merged
+
+
+def left(epilogue: Epilogue, values: Tensor | None, counts: Tensor | None, merged: Tensor | None):
+    """What a product returns beside its output: the merged sums, else the tiles' `Partials`, or nothing."""
+    if merged is not None:
+        return merged
+    return Partials(values, counts) if epilogue.sums else None

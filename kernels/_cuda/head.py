@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels._cuda import launch as _launch
 from kernels._cuda.batch_norm import merge_sums
-from kernels._cuda.launch import DTYPES, slope_of
+from kernels._cuda.launch import DTYPES, slope_of, tickets
 from kernels.geometry import Activation, Merge, Partials, check_nhwc, check_tensor
 
 MOST_GROUPS = 31
@@ -35,15 +35,6 @@ def real_bits(real: Sequence[bool], groups: int) -> int:
     return sum(1 << group for group, is_real in enumerate(real) if is_real)
 
 
-def new_ticket(like: Tensor) -> Tensor:
-    """A ticket on `like`'s device: (1,) int32 zero, a kernel to write.
-
-    Launchers that get none make one each time. A step that runs in a CUDA graph makes its own beforehand, one for each
-    place that could run at the same moment as another, and saves the kernel.
-    """
-    return torch.zeros(1, dtype=torch.int32, device=like.device)
-
-
 def head(
     y: Tensor, weight: Tensor, state: Tensor, real: Sequence[bool], activation: Activation = "leaky_relu",
     slope: float = 0.2, scale: Tensor | None = None, ticket: Tensor | None = None,
@@ -58,7 +49,7 @@ def head(
         activation, slope: of the layer before.
         scale: float32 on the device, whose first element multiplies dlogits (a `loss_scale` of `adam` will do); none
             where None. Losses and probabilities stay as they are.
-        ticket: of `new_ticket`, zero and kept by the caller; one is made where None.
+        ticket: (1,) int32 zero, which every launch leaves so; the stream's where None.
 
     Returns:
         logits (N,), dlogits (N,): the gradient of the sum over groups of each group's mean loss, and means (2, groups):
@@ -74,7 +65,7 @@ def head(
             f"scale is {scale.dtype} {tuple(scale.shape)} on {scale.device}: "
             f"expected float32 on {y.device}, its first element the scale"
         )
-    ticket = new_ticket(y) if ticket is None else ticket
+    ticket = tickets(y, 1)[:1] if ticket is None else ticket
     if ticket.dtype != torch.int32 or ticket.shape != (1,) or ticket.device != y.device:
         raise ValueError(
             f"ticket is {ticket.dtype} {tuple(ticket.shape)} on {ticket.device}: "

@@ -1,5 +1,7 @@
 """Argument checks of the extension's launchers, and the way into its ops."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -31,3 +33,14 @@ def vector_of(tensor: Tensor, channels: int) -> int:
     """Elements of a thread's access: 16 bytes, or one where the channels leave rows unaligned."""
     wide = 16 // tensor.element_size()
     return wide if channels % wide == 0 else 1
+
+
+@functools.cache
+def _tickets(device: torch.device, stream: int, size: int) -> Tensor:
+    return torch.zeros(size, dtype=torch.int32, device=device)
+
+
+def tickets(like: Tensor, count: int) -> Tensor:
+    """At least `count` int32 zeros, which every launch leaves as zeros: so all launches of a stream share them."""
+    stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
+    return _tickets(like.device, stream, max(4096, 1 << (count - 1).bit_length()))
