@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) statistics(const T* y, float*
 // Bytes: 8 a tile and channel, out of L2 as they were just written.
 // Accumulates in fp32 by Chan's formula: each line its tiles in order, then over the lines.
 // Beats the library by reading the partials and not the tensor, which is hundreds of times larger.
-__global__ void __launch_bounds__(THREADS) merge_statistics(
+__global__ void __launch_bounds__(THREADS, BLOCKS) merge_statistics(
     const float* values, const float* counts, Norm norm, int64_t* tracked, float* state, int groups, int tiles,
     int channels) {
   const int line = threadIdx.x / MERGE_COLUMNS, c = blockIdx.x * MERGE_COLUMNS + threadIdx.x % MERGE_COLUMNS;

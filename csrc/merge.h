@@ -21,7 +21,7 @@ struct Norm {
 
 // Channel c of one group: its state, rows `row` apart, and running ← (1 − momentum)·running + momentum·new.
 __device__ __forceinline__ void settle_statistics(
-    const Norm& norm, float* state, int64_t row, int c, float n, float mean, float m2) {
+    Norm norm, float* state, int64_t row, int c, float n, float mean, float m2) {
   const float rstd = 1 / sqrtf(m2 / n + norm.eps), scale = norm.weight[c] * rstd;
   state[0] = mean, state[row] = rstd, state[2 * row] = scale, state[3 * row] = fmaf(-mean, scale, norm.bias[c]);
   if (norm.running_mean) {
