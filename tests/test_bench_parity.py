@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from cuda_host import on_host
 
 import kernels
 from bench import ops, parity, record
@@ -20,10 +21,10 @@ from bench.subjects import claims, contracts, gemms, layers
 from bench.subjects.accuracy import Answers, Noise, Subject, excess, verify, walk
 from bench.subjects.problems import Problem, Use
 from bench.tuning.search import Journal
-from dcgan.arch import Arch
+from dcgan.arch import PRESETS, Arch
 from dcgan.errors import run_command
-from kernels import reference
-from kernels.geometry import Deferred, raw
+from kernels import reference, tuning
+from kernels.geometry import CudaConfig, Deferred, raw
 
 CPU = torch.device("cpu")
 PATHS = ("tma", "pointers")
@@ -240,6 +241,29 @@ def test_every_check_planned_for_a_gpu_can_be_made_and_compiled_from_here(monkey
     assert len(uses) == 32 and "batch_norm_grad relu g2 merged" in uses and str(Use()) in uses
     for path in PATHS:
         assert any(f"batch_norm_grad leaky_relu g2 merged {path}" in name for name in names)
+
+
+def test_every_tile_of_the_extension_is_checked(monkeypatch):
+    """Planned as on a GPU; of each kernel the first and one of a cluster run here, on the model of one."""
+    monkeypatch.setattr(claims, "runnable", lambda recipes, *_: list(recipes))
+    scope = claims.Scope(PRESETS["dcgan64"].arch, CPU, (2,), ("bf16", "fp16", "fp32"), 2, {})
+    planned = {check.name: check for check in claims.extension_tiles(scope, claims.Kept())}
+    assert len(planned) == 2 * 2 * 8 * (5 + 5 + 1)
+    with on_host():
+        for name in ("conv[statistics g1 128x1]/128x192@8/cuda/bf16/b22",
+                     "conv_transpose[batch_norm_grad leaky_relu g2 merged 64x2]/128x192@4/cuda/bf16/b22",
+                     "wgrad[activation g1 64x4]/128x192@4/cuda/fp16/b22"):  # fmt: skip
+            assert planned[name].run()[0] is None, name
+
+
+def test_a_tuned_tile_of_the_extension_is_checked_too(monkeypatch):
+    entry = tuning.Entry((64, 128, 32), 256, "cuda", CudaConfig(128, 2))
+    monkeypatch.setattr(tuning, "load", lambda name: (tuning.Table({}, {("conv", "bf16"): (entry,)}, {}), ""))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    scope = claims.Scope(PRESETS["dcgan64"].arch, torch.device("cuda"), (2,), ("bf16",), 2, {})
+    planned = list(claims.tuned(scope, claims.Kept()))
+    assert planned and all("/cuda/bf16/" in check.name and not check.jobs for check in planned)
+    assert not any("tanh" in check.name or "deferred" in check.name for check in planned)
 
 
 def test_the_interpreter_is_not_asked_for_bf16(monkeypatch):

@@ -10,13 +10,13 @@ import torch
 
 from bench import ops
 from bench.subjects import contracts, gemms, layers, whole
-from bench.subjects.accuracy import DTYPES, Subject, verify
+from bench.subjects.accuracy import DTYPES, Subject, runnable, verify
 from bench.subjects.problems import Problem, Use, distinct, other_problems
 from bench.subjects.variants import USES, deferred_uses, served, tiles
 from dcgan.arch import PRESETS, Arch
 from dcgan.errors import InputError
 from kernels import dispatch, tuning
-from kernels.geometry import Layer
+from kernels.geometry import CUDA_CLUSTERS, CUDA_COLUMNS, CudaConfig, Layer
 
 TINY = Arch(image_size=16, nz=8, ngf=16, ndf=16)
 FAMILY = {
@@ -108,6 +108,7 @@ def planned(scope: Scope) -> Iterator[Check]:
     yield from promises(scope)
     if scope.device.type != "cpu" or scope.interpreted:
         yield from epilogues(scope, kept)
+        yield from extension_tiles(scope, kept)
         yield from prologues(scope, kept)
         yield from tuned(scope, kept)
     yield from numbers(scope, scope.arch, scope.batches[:1], scope.precisions[1:], kept)
@@ -213,6 +214,25 @@ def epilogues(scope: Scope, kept: Kept) -> Iterator[Check]:
             yield Check(name, "epilogues", partial(verified, kept, p, build, path), ((p, config),))
 
 
+def extension_tiles(scope: Scope, kept: Kept) -> Iterator[Check]:
+    """Section 3 as well: every tile of the extension's tensor-core products, on the smallest and the largest low side,
+    in boxes that hang over the last images."""
+    lows = sorted({min(layer.in_size, layer.out_size) for layer in scope.arch.discriminator if layer.stride == 2})
+    precisions = [precision for precision in scope.precisions if DTYPES[precision].itemsize == 2]
+    configs = [CudaConfig(columns, cluster) for columns in CUDA_COLUMNS for cluster in CUDA_CLUSTERS]
+    uses = [Use("statistics"), Use("statistics", "none", 2, True), Use("activation", "leaky_relu"),
+            Use("activation_grad", "relu", 2), Use("batch_norm_grad", "leaky_relu", 2, True)]  # fmt: skip
+    kernels = ("conv", "conv_transpose", "wgrad")
+    for kernel, precision, low, config in product(kernels, precisions, (lows[0], lows[-1]), configs):
+        if "cuda" not in runnable(("cuda",), scope.device, precision, kernel):
+            continue
+        for use in [Use()] if kernel == "wgrad" else uses:
+            p = Problem(kernel, 128, 192, low, 22, precision, "-", use=use)
+            name = f"{kernel}[{use} {config.columns}x{config.cluster}]/{p.key}/cuda/{precision}/b{p.images}"
+            build = partial(gemms.build, p, scope.device, {"tile": config})
+            yield Check(name, "epilogues", partial(verified, kept, p, build, "tile"))
+
+
 def prologues(scope: Scope, kept: Kept) -> Iterator[Check]:
     """Section 3 too: batch norm in the load, of one group and of two with an odd number of images; in 16 bits also
     whether the bits are those of an `apply` before."""
@@ -240,16 +260,17 @@ def tuned(scope: Scope, kept: Kept) -> Iterator[Check]:
                 continue
             into, out, size = entry.shape
             one = Problem(kernel, into, out, size // 2 if kernel == "conv" else size, 1, precision, "tuned")
-            deferred = [use for groups in (1, 2) for use in deferred_uses(one, groups)]
+            triton = entry.recipe == "triton"  # the extension has no prologues, and nothing to compile ahead
+            deferred = [use for groups in (1, 2) for use in deferred_uses(one, groups)] if triton else []
             for images, uses in ((entry.images, USES[:4]), (6, USES)):
                 for use in [*([Use()] if kernel == "wgrad" else uses), *deferred]:
                     p = replace(one, images=images, use=use)
-                    if images % use.groups or not served(p, entry.tile):
+                    if images % use.groups or (not served(p, entry.tile) if triton else use.activation == "tanh"):
                         continue
                     build = partial(gemms.build, p, scope.device, {"tuned": entry.tile})
-                    name = f"{kernel}[{use} tuned for {entry.images}]/{p.key}/triton/{precision}/b{images}"
+                    name = f"{kernel}[{use} tuned for {entry.images}]/{p.key}/{entry.recipe}/{precision}/b{images}"
                     run = partial(verified, kept, p, build, "tuned")
-                    yield Check(name, "tuned", run, ((p, entry.tile),))
+                    yield Check(name, "tuned", run, ((p, entry.tile),) if triton else ())
 
 
 def same_bits(scope: Scope, kept: Kept) -> Iterator[Check]:
