@@ -45,10 +45,11 @@ def arch_flags(arches: str) -> list[str]:
     flags = []
     for arch in arches.replace(";", " ").split():
         number = arch.removesuffix("+PTX").replace(".", "")
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        real = "90a" if number == "90" else number  # wgmma is 9.0a's; its machine code runs on all of 9.0
+        flags.append(f"-gencode=arch=compute_{real},code=sm_{real}")
         if arch.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return flags
+    return list(dict.fromkeys(flags))
 
 
 def commands(nvcc: str, torch: Path, objects: Path, target: Path) -> list[tuple[Path, list[str], list[Path]]]:

@@ -36,7 +36,7 @@ struct Pixels {
   __device__ Pixels(const ConvShape& s, const ConvTile& tile) {
 #pragma unroll
     for (int i = 0; i < PIXEL_COPIES; ++i) {
-      const int r = threadIdx.x / 8 + i * (THREADS / 8);
+      const int r = pixel_of_row(s, threadIdx.x / 8 + i * (THREADS / 8));
       const int w = tile.w + (r & ((1 << s.log_width) - 1));
       const int h = tile.h + (r >> s.log_width & ((1 << s.log_height) - 1));
       const int n = tile.n + (r >> (s.log_width + s.log_height)), scale = TRANSPOSED ? 1 : 2;

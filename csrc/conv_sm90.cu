@@ -5,28 +5,31 @@
 
 namespace {
 
-constexpr int THREADS = 128, WARPS = THREADS / WARP;  // one warpgroup, which loads as well
-constexpr int ROW_TILES = TILE_PIXELS / 64;           // of wgmma's 64 rows
-constexpr int TAPS = 4;                               // of a plane
+constexpr int THREADS = 256, WARPS = THREADS / WARP;    // two warpgroups, which load as well
+constexpr int ROW_TILES = TILE_PIXELS / (THREADS / 2);  // of a warpgroup, 64 rows each
+constexpr int TAPS = 4;                                 // of a plane
 constexpr int PLANES = 2, MIN_STAGES = 3, MAX_STAGES = 6;
 static_assert(DEPTH * 2 == ROW_BYTES && TILE_PIXELS % 64 == 0);
 
 // Shared memory of a block: PLANES planes of pixels, 3 to 6 stages of weights, the epilogue's sums, the barriers.
 template <int COLUMNS>
 struct Plan {
-  static constexpr int BLOCKS = COLUMNS == 64 ? 3 : 2;  // of an SM, so that one stores while another multiplies
+  static constexpr int BLOCKS = 2;  // of an SM, so that one stores while the other multiplies
   static constexpr int STAGE_BYTES = COLUMNS * ROW_BYTES, SUMS_BYTES = 2 * WARPS * COLUMNS * 4;
   static constexpr int BARRIER_BYTES = 2 * (PLANES + MAX_STAGES) * 8;
-  static constexpr int ROOM = (228 << 10) / BLOCKS - (1 << 10);  // an SM has 228 KB, and takes 1 KB of each block's
   static constexpr int LARGEST_PLANE = TILE_PIXELS * 4 * ROW_BYTES;  // of boxes of one pixel, with three neighbours each
   static_assert(STAGE_BYTES % ATOM_BYTES == 0 && SUMS_BYTES % 8 == 0, "a stage starts an atom of the swizzle");
   static_assert(
       PLANES * LARGEST_PLANE + MIN_STAGES * STAGE_BYTES + SUMS_BYTES + BARRIER_BYTES <= 227 << 10,
       "what a block of sm_90 may have");
 
+  // As many as leave an SM room for BLOCKS blocks, or where that is too few, for one less. It has 228 KB, and takes 1 KB
+  // of each block's.
   static int stages(int plane_bytes) {
-    const int room = (ROOM - PLANES * plane_bytes - SUMS_BYTES - BARRIER_BYTES) / STAGE_BYTES;
-    return room < MIN_STAGES ? MIN_STAGES : room > MAX_STAGES ? MAX_STAGES : room;
+    int room = 0;
+    for (int blocks = BLOCKS; blocks && room < MIN_STAGES; --blocks)
+      room = ((228 << 10) / blocks - (1 << 10) - PLANES * plane_bytes - SUMS_BYTES - BARRIER_BYTES) / STAGE_BYTES;
+    return room > MAX_STAGES ? MAX_STAGES : room;
   }
   static int total(int plane_bytes) {
     return PLANES * plane_bytes + stages(plane_bytes) * STAGE_BYTES + SUMS_BYTES + BARRIER_BYTES;
@@ -54,7 +57,7 @@ struct Arguments {
 //     tiles (and 4 phases) where tap by tap it were four times that; w once for each cluster of boxes.
 // Accumulates in fp32, in registers, which the statistics see before it is rounded.
 // Beats the library by what does not follow, and by what L2 need not give: of 128×128 tiles it is bound by L2 otherwise
-//     (docs/cuda_convolution.md). Two or three blocks an SM, so that one multiplies while another stores.
+//     (docs/cuda_convolution.md). Two blocks an SM where there are as many, so that one multiplies while another stores.
 template <class T, int COLUMNS, bool TRANSPOSED>
 __global__ void __launch_bounds__(THREADS, Plan<COLUMNS>::BLOCKS)
     conv_sm90_kernel(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, Arguments<T> a) {
@@ -106,12 +109,13 @@ __global__ void __launch_bounds__(THREADS, Plan<COLUMNS>::BLOCKS)
   };
 
   if (threadIdx.x == 0) {
+    prefetch_map(x), prefetch_map(w);
     for (int i = 0; i < PLANES; ++i) barrier_init(plane_full + i, 1), barrier_init(plane_empty + i, WARPS);
 #pragma unroll 1
     for (int i = 0; i < a.stages; ++i) barrier_init(full + i, 1), barrier_init(empty + i, WARPS * a.cluster);
     barrier_init_fence();
   }
-  if (a.cluster > 1) cluster_barrier();
+  if (a.cluster > 1) cluster_arrive<true>(), cluster_wait();
   else __syncthreads();
   if (threadIdx.x == 0) {
     for (int i = 0; i < PLANES && i < planes; ++i) load_plane(i);
@@ -124,7 +128,7 @@ __global__ void __launch_bounds__(THREADS, Plan<COLUMNS>::BLOCKS)
   uint32_t rows[ROW_TILES];                                                // in bytes: what this lane names to ldmatrix
 #pragma unroll
   for (int m = 0; m < ROW_TILES; ++m) {
-    const int r = m * 64 + warp * 16 + lane % 16, h = r >> s.log_width & (high - 2);
+    const int r = pixel_of_row(s, m * 64 + warp * 16 + lane % 16), h = r >> s.log_width & (high - 2);
     rows[m] = (((r >> (s.log_width + s.log_height)) * high + h) * wide + (r & (wide - 2))) * ROW_BYTES;
   }
   float d[ROW_TILES][COLUMNS / 2] = {};
@@ -184,10 +188,11 @@ __global__ void __launch_bounds__(THREADS, Plan<COLUMNS>::BLOCKS)
     }
   }
   wgmma_wait<0>();
-  if (a.cluster > 1) cluster_barrier();  // before a block ends that others still signal
+  if (a.cluster > 1) cluster_arrive<false>();
   finish_tile<T, ROW_TILES, 64, COLUMNS, COLUMNS, WARPS, THREADS>(
       d, warp * 16 + lane / 4, 0, warp, s, tile, a.out, sums);
   if (a.merge.tickets) merge_tiles<T, COLUMNS, THREADS>(s, tile, a.out, a.merge, reinterpret_cast<int*>(sums));
+  if (a.cluster > 1) cluster_wait();  // before a block ends that others still signal
 #endif
 }
 

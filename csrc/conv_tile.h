@@ -47,8 +47,15 @@ __device__ __forceinline__ ConvTile conv_tile(const ConvShape& s, int block, int
   return tile;
 }
 
+// The pixel of its box, w fastest, then h, then n, that a tile's row r is. In 4×4 boxes a plane's rows are five pixels,
+// and of eight pixels one below the other two would be in the same banks; of four, and four of the fourth image on, not.
+__device__ __forceinline__ int pixel_of_row(const ConvShape& s, int r) {
+  return s.log_width == 2 && s.log_height == 2 ? (r & ~0x44) | (r >> 4 & 4) | (r & 4) << 4 : r;
+}
+
 // Where row r of a tile is in y, in pixels, or −1 where there is no such pixel in the picture or in the group.
-__device__ __forceinline__ int64_t output_pixel(const ConvShape& s, const ConvTile& tile, int r) {
+__device__ __forceinline__ int64_t output_pixel(const ConvShape& s, const ConvTile& tile, int row) {
+  const int r = pixel_of_row(s, row);
   const int w = tile.w + (r & ((1 << s.log_width) - 1)), h = tile.h + (r >> s.log_width & ((1 << s.log_height) - 1));
   const int n = tile.n + (r >> (s.log_width + s.log_height));
   if (n >= s.per_group || h >= s.height || w >= s.width) return -1;
@@ -104,7 +111,7 @@ __device__ __forceinline__ void finish_tile(
     const ConvOutput<T>& out, float* sums) {
   static_assert(LINES > 1 && N % 32 == 0, "four column tiles make a thread's vectors");
   const int t = threadIdx.x % 4, g = threadIdx.x % WARP / 4;
-  const int64_t tiles = int64_t(s.boxes()) * s.phases;
+  const int64_t tiles = int64_t(s.boxes()) * s.phases, plane = int64_t(s.groups) * s.out;  // of the state
   int64_t pixel[2 * MT];
 #pragma unroll
   for (int i = 0; i < 2 * MT; ++i) pixel[i] = output_pixel(s, tile, row + i / 2 * STEP + i % 2 * 8);
@@ -153,40 +160,37 @@ __device__ __forceinline__ void finish_tile(
 #pragma unroll
   for (int j = 0; j < N / 8; j += 4) {  // eight columns a thread: 8k + 2t + e of these four tiles; vectors are 8t + 2k + e
     const int vector = tile.column + column + 8 * (j + t);
-    float mean[8], rstd[8], scale[8], shift[8], g_sum[8] = {}, gx_sum[8] = {};
-    if (out.state) {
-      const int64_t plane = int64_t(s.groups) * s.out;
+    float g_sum[8] = {}, gx_sum[8] = {};
+    uint32_t kept[2 * MT][4] = {};
+    if (out.saved) {  // all at once: a store to y, which saved might be, would let no later load pass
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int c = tile.column + column + 8 * (j + i / 2) + 2 * t + i % 2;
-        const float* const at = out.state + int64_t(tile.group) * s.out + (c < s.out ? c : 0);
-        mean[i] = at[0], rstd[i] = at[plane], scale[i] = at[2 * plane], shift[i] = at[3 * plane];
+      for (int i = 0; i < 2 * MT; ++i) {
+        if (pixel[i] < 0 || vector >= s.out) continue;
+        const uint4 found = *reinterpret_cast<const uint4*>(out.saved + pixel[i] * s.out + vector);
+        memcpy(kept[i], &found, VECTOR_BYTES);
       }
     }
 #pragma unroll
     for (int i = 0; i < 2 * MT; ++i) {
       const bool there = pixel[i] >= 0 && vector < s.out;
       const int64_t at = pixel[i] * s.out + vector;
-      uint32_t p[4] = {};
-      if (out.saved) {
-        if (there) {
-          const uint4 kept = *reinterpret_cast<const uint4*>(out.saved + at);
-          memcpy(p, &kept, VECTOR_BYTES);
-        }
-        quad_transpose(p, t);
-      }
+      uint32_t(&p)[4] = kept[i];
+      if (out.saved) quad_transpose(p, t);
       uint32_t q[4];
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
+        const int pair_at = tile.column + column + 8 * (j + k) + 2 * t;
+        const float* const state =
+            out.state ? out.state + int64_t(tile.group) * s.out + (pair_at < s.out ? pair_at : 0) : nullptr;
         float pair[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float x = d[i / 2][4 * (j + k) + i % 2 * 2 + e];
           const int c = 2 * k + e;
-          if (out.state) {
-            const float y = element<T>(p[k], e);
-            x = pixel[i] < 0 ? 0.f : x * derivative(y * scale[c] + shift[c], out.slope);
-            g_sum[c] += x, gx_sum[c] += x * ((y - mean[c]) * rstd[c]);
+          if (out.state) {  // read again for each row, out of L1: all at once they would be 24 registers
+            const float y = element<T>(p[k], e), z = y * state[2 * plane + e] + state[3 * plane + e];
+            x = pixel[i] < 0 ? 0.f : x * derivative(z, out.slope);
+            g_sum[c] += x, gx_sum[c] += x * (y - state[e]);
           } else if (out.saved) {
             x *= derivative(element<T>(p[k], e), out.slope);
           } else if (!out.values) {
@@ -206,13 +210,16 @@ __device__ __forceinline__ void finish_tile(
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int c = column + 8 * (j + i / 2) + 2 * t + i % 2;
-        const float g_all = column_sum(g_sum[i]), gx_all = column_sum(gx_sum[i]);
+        const float g_all = column_sum(g_sum[i]), gx_all = column_sum(gx_sum[i]);  // the latter yet to be times rstd
         if (!g) sums[line * COLUMNS + c] = g_all, sums[(LINES + line) * COLUMNS + c] = gx_all;
       }
   }
   if (out.state) {
     __syncthreads();
-    for (int c = threadIdx.x; c < COLUMNS; c += THREADS)
-      for (int which = 0; which < 2; ++which) store_value(which, c, add_lines(which, c));
+    for (int c = threadIdx.x; c < COLUMNS; c += THREADS) {
+      if (tile.column + c >= s.out) continue;
+      const float rstd = out.state[(int64_t(s.groups) + tile.group) * s.out + tile.column + c];
+      store_value(0, c, add_lines(0, c)), store_value(1, c, rstd * add_lines(1, c));
+    }
   }
 }

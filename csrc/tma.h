@@ -119,13 +119,22 @@ __device__ __forceinline__ int cluster_rank() {
 #endif
 }
 
-// Until all threads of all of its blocks are here, and see what each has done.
-__device__ __forceinline__ void cluster_barrier() {
+// All threads of all of its blocks arrive, and then wait until all have. RELAXED orders no more than
+// barrier_init_fence has: a release is a fence of the whole GPU.
+template <bool RELAXED>
+__device__ __forceinline__ void cluster_arrive() {
+#ifndef DCGAN_HOST
+  if constexpr (RELAXED) asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+  else asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_wait() {
 #ifdef DCGAN_HOST
   host::state.self().state = host::Thread::AT_CLUSTER_BARRIER;
   host::yield();
 #else
-  asm volatile("barrier.cluster.arrive.release;\n barrier.cluster.wait.acquire;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 
@@ -139,6 +148,13 @@ __device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, int rank) {
       "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
       "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)), "r"(rank)
       : "memory");
+#endif
+}
+
+// Fetches what TMA has to know of a tensor, ahead of its first box.
+__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
+#ifndef DCGAN_HOST
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 #endif
 }
 

@@ -66,11 +66,12 @@ __global__ void __launch_bounds__(THREADS, 1)
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
 
   if (threadIdx.x == 0) {
+    prefetch_map(low), prefetch_map(high);
 #pragma unroll 1
     for (int i = 0; i < a.stages; ++i) barrier_init(full + i, 1), barrier_init(empty + i, WARPS * a.cluster);
     barrier_init_fence();
   }
-  if (a.cluster > 1) cluster_barrier();
+  if (a.cluster > 1) cluster_arrive<true>(), cluster_wait();
   else __syncthreads();
 
   int stage = 0, parity = 0;
@@ -97,6 +98,8 @@ __global__ void __launch_bounds__(THREADS, 1)
         if (++stage == a.stages) stage = 0, parity ^= 1;
       }
     }
+    __syncwarp();
+    if (a.cluster > 1) cluster_arrive<false>();
   } else {
     share_registers<MANY, true>();
     const int wide = (1 << a.log_width) + 1, tall = (1 << a.log_height) + 1;  // of a plane
@@ -142,6 +145,7 @@ __global__ void __launch_bounds__(THREADS, 1)
       if (++stage == a.stages) stage = 0, parity ^= 1;
     }
     wgmma_wait<0>();
+    if (a.cluster > 1) cluster_arrive<false>();  // ahead of the stores, which it would wait for
     const int64_t row = int64_t(16) * a.high;  // of one low channel
 #pragma unroll
     for (int right = 0; right < 2; ++right) {
@@ -155,7 +159,7 @@ __global__ void __launch_bounds__(THREADS, 1)
       }
     }
   }
-  if (a.cluster > 1) cluster_barrier();  // before a block ends that others still signal
+  if (a.cluster > 1) cluster_wait();  // before a block ends that others still signal
 #endif
 }
 

@@ -1,7 +1,5 @@
 """Argument checks of the extension's launchers, and the way into its ops."""
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -35,12 +33,17 @@ def vector_of(tensor: Tensor, channels: int) -> int:
     return wide if channels % wide == 0 else 1
 
 
-@functools.cache
-def _tickets(device: torch.device, stream: int, size: int) -> Tensor:
-    return torch.zeros(size, dtype=torch.int32, device=device)
+_TICKETS: dict[tuple[torch.device, int, int], Tensor] = {}
 
 
 def tickets(like: Tensor, count: int) -> Tensor:
     """At least `count` int32 zeros, which every launch leaves as zeros: so all launches of a stream share them."""
     stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
-    return _tickets(like.device, stream, max(4096, 1 << (count - 1).bit_length()))
+    size = max(4096, 1 << (count - 1).bit_length())
+    key = like.device, stream, size
+    if key in _TICKETS:
+        return _TICKETS[key]
+    made = torch.zeros(size, dtype=torch.int32, device=like.device)
+    if not (like.is_cuda and torch.cuda.is_current_stream_capturing()):  # else zero in that graph's replays alone
+        _TICKETS[key] = made
+    return made
