@@ -9,7 +9,7 @@
 #include "merge.h"
 #include "ticket.h"
 
-constexpr int TOGETHER = 32;  // as in kernels/_cuda/conv.py
+constexpr int TOGETHER = 32;  // as in kernels/_cuda/epilogue.py
 
 // Where it goes; without tickets nothing is merged.
 struct ConvMerge {

@@ -8,12 +8,12 @@
      "inputs": {"conv": {"128x256@16": {"bf16": {"256": "applied"}}}}}
 
 "ops" has the public ops, by layer (IN x OUT @ IN_SIZE; `any` for an op without one), precision and images; "tiles" the
-kernels conv, conv_transpose and wgrad, by their own channels and input size (wgrad: LOW x HIGH @ low size); "inputs"
-the layers whose input has a batch norm, `applied` by a launch of its own or `deferred` to the loads of those who read
-it: the forward pass and the weight gradient, or, under `conv_forward`, the forward pass alone. A lookup
-takes the nearest measured shape: the layer itself or one of at most `NEAR` times its channels and size, and of that the
-nearest number of images, at most `NEAR_IMAGES` times as many or as few. A file that is no such table, or another
-device's, is warned of once and not used.
+kernels conv, conv_transpose and wgrad, by their own channels and input size (wgrad: LOW x HIGH @ low size), with a tile
+of Triton's or of the extension's where the recipe has one; "inputs" the layers whose input has a batch norm, `applied`
+by a launch of its own or `deferred` to the loads of those who read it: the forward pass and the weight gradient, or,
+under `conv_forward`, the forward pass alone. A lookup takes the nearest measured shape: the layer itself or one of at
+most `NEAR` times its channels and size, and of that the nearest number of images, at most `NEAR_IMAGES` times as many
+or as few. A file that is no such table, or another device's, is warned of once and not used.
 """
 
 import functools

@@ -1,7 +1,8 @@
 """The extension's k4 s2 p1 convolutions on a CPU against their twins, whatever kernel computes them."""
 
 import torch
-from interpreter import assert_accurate, fenced, tensor
+from epilogues import doubled, epilogue_of
+from interpreter import assert_accurate, tensor
 
 from kernels import reference
 from kernels.geometry import Epilogue
@@ -18,25 +19,6 @@ MODES = [
     ("batch_norm_grad", "none"),
     ("statistics", "none"),
 ]
-
-
-def doubled(epilogue):
-    parts = {name: t.double() for name in ("saved", "state") if (t := getattr(epilogue, name)) is not None}
-    return Epilogue(epilogue.activation, epilogue.slope, epilogue.groups, epilogue.statistics, **parts)
-
-
-def epilogue_of(generator, mode, activation, groups, shape, dtype):
-    if mode == "statistics":
-        return Epilogue(statistics=True, groups=groups)
-    if mode == "activation":
-        return Epilogue(activation, groups=groups)
-    saved = tensor(generator, *shape, dtype=dtype)
-    if mode == "activation_grad":
-        return Epilogue(activation, groups=groups, saved=fenced(saved.tanh()) if activation == "tanh" else saved)
-    state = reference.merge_statistics(
-        reference.statistics(saved, groups), *(tensor(generator, shape[3]) for _ in range(2))
-    )
-    return Epilogue(activation, groups=groups, saved=saved, state=fenced(state))
 
 
 def merged(partials):

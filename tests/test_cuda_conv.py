@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cuda_host import in_every_order, on_host
-from cuda_products import MODES, check_product, epilogue_of
+from cuda_products import MODES, check_product
+from epilogues import epilogue_of
 from hypothesis import given
 from hypothesis import strategies as st
 from interpreter import assert_accurate, generated, tensor

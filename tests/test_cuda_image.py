@@ -3,7 +3,8 @@
 import pytest
 import torch
 from cuda_host import in_both_orders, on_host
-from cuda_products import DTYPES, MODES, check_product, epilogue_of
+from cuda_products import DTYPES, MODES, check_product
+from epilogues import epilogue_of
 from hypothesis import given
 from hypothesis import strategies as st
 from interpreter import assert_accurate, generated, tensor

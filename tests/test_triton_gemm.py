@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from epilogues import doubled, epilogue_of
 from hypothesis import given
 from hypothesis import strategies as st
 from interpreter import (
@@ -30,27 +31,6 @@ from kernels._triton.conv_transpose import prepare_conv_transpose  # noqa: E402
 PREPARE = {"conv": prepare_conv, "conv_transpose": prepare_conv_transpose}
 TWIN = {"conv": reference.conv, "conv_transpose": reference.conv_transpose}
 MODES = ("activation", "statistics", "activation_grad", "batch_norm_grad")
-
-
-def doubled(epilogue):
-    """The same epilogue in float64."""
-    parts = {name: t.double() for name in ("saved", "state") if (t := getattr(epilogue, name)) is not None}
-    return Epilogue(epilogue.activation, epilogue.slope, epilogue.groups, epilogue.statistics, **parts)
-
-
-def make_epilogue(generator, mode, activation, groups, shape, dtype):
-    """An epilogue for an output of `shape`, its tensors made of noise."""
-    if mode == "statistics":
-        return Epilogue(statistics=True, groups=groups)
-    if mode == "activation":
-        return Epilogue(activation, groups=groups)
-    saved = tensor(generator, *shape, dtype=dtype)
-    if mode == "activation_grad":
-        return Epilogue(activation, groups=groups, saved=saved.tanh_() if activation == "tanh" else saved)
-    state = reference.merge_statistics(
-        reference.statistics(saved, groups), *(tensor(generator, shape[3]) for _ in range(2))
-    )
-    return Epilogue(activation, groups=groups, saved=saved, state=fenced(state))
 
 
 def deferred(generator, y, groups, activation):
@@ -96,7 +76,7 @@ def check_conv(
     ends = (out, into) if kind == "conv" else (into, out)
     weight = tensor(generator, ends[0], 4, 4, ends[1], dtype=dtype)
     weight *= 0.25 / into**0.5  # outputs of the order of 1
-    epilogue = make_epilogue(generator, mode, activation, groups, (batch, *y_size, out), dtype)
+    epilogue = epilogue_of(generator, mode, activation, groups, (batch, *y_size, out), dtype)
     job = PREPARE[kind](x, weight, epilogue, config=config)
     kept = [t for t in (raw(x), getattr(x, "state", None), weight, epilogue.saved, epilogue.state) if t is not None]
     y, partials = run_guarded(job, *kept)

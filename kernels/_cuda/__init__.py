@@ -7,6 +7,7 @@ Launchers have the names, layouts and results of those in `kernels._triton`. The
     batch_norm  statistics, merges and applies, forward and backward
     head        a discriminator's last layer with loss and both gradients
     adam        every parameter in one launch, and its 16-bit copy
+    shares      those of a weight gradient, added up
     launch      argument checks, and the way into the ops; epilogue, those of the products
 """
 

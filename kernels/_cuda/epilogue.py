@@ -1,4 +1,4 @@
-"""Argument checks that the extension's convolutions share: the two maps or map and weight, and the epilogue."""
+"""What the extension's convolutions share: checks of maps and weight, checks of the epilogue, and its tensors."""
 
 import torch
 from torch import Tensor
@@ -112,7 +112,9 @@ def merging(epilogue: Epilogue, values: Tensor | None, rows: int, columns: int) 
     return *workspace, zeros, None, None, None, None, None, merge.weight, merge.bias, merged
 
 
-def left(epilogue: Epilogue, values: Tensor | None, counts: Tensor | None, merged: Tensor | None):
+def left(
+    epilogue: Epilogue, values: Tensor | None, counts: Tensor | None, merged: Tensor | None
+) -> Partials | Tensor | None:
     """What a product returns beside its output: the merged sums, else the tiles' `Partials`, or nothing."""
     if merged is not None:
         return merged

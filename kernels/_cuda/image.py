@@ -11,7 +11,7 @@ from kernels._cuda import batch_norm
 from kernels._cuda import launch as _launch
 from kernels._cuda.epilogue import check_conv, check_conv_transpose, check_epilogue, check_wgrad, output
 from kernels._cuda.launch import DTYPES, slope_of
-from kernels._cuda.shares import empty_shares, settle, sms_of
+from kernels._cuda.shares import empty_shares, settle
 from kernels.geometry import Epilogue, Partials, Shares
 
 IMAGE_CHANNELS = (1, 3, 4)
@@ -98,7 +98,9 @@ def wgrad(low: Tensor, high: Tensor, out: Tensor | None = None, pending: list[Sh
     images, height, width, rows, channels = check_wgrad(low, high)
     if reason := missing(channels, rows, "wgrad"):
         raise ValueError(f"low has shape {tuple(low.shape)}, high {tuple(high.shape)}: {reason}")
-    split = min(2 * sms_of(low, 2), images * boxes(height, width))
+    gpu = low.device.type == "cuda"
+    blocks = 2 * torch.cuda.get_device_properties(low.device).multi_processor_count if gpu else 3
+    split = min(blocks, images * boxes(height, width))
     gradient = output(out, (rows, 4, 4, channels), low, torch.float32)
     shares = empty_shares(split, gradient)
     _launch.launch("image_wgrad", low, high, shares, DTYPES[low.dtype], images, height, width, channels, rows, split)

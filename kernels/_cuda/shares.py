@@ -1,6 +1,5 @@
 """The shares of a weight gradient that blocks of the extension's kernels leave, and their sum (csrc/shares.cu)."""
 
-import torch
 from torch import Tensor
 
 from kernels._cuda import launch as _launch
@@ -21,10 +20,3 @@ def settle(shares: Tensor, gradient: Tensor, pending: list[Shares] | None) -> Te
     else:
         pending.append(Shares(shares, gradient))
     return gradient
-
-
-def sms_of(tensor: Tensor, otherwise: int) -> int:
-    """Multiprocessors of the tensor's device; `otherwise` where it is none."""
-    if tensor.device.type != "cuda":
-        return otherwise
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
