@@ -7,9 +7,12 @@ before it. ptxas and cuobjdump, which come with Triton, then say what came of it
 - a spill to local memory;
 - a 16-bit GEMM of a middle layer without the tensor-core instruction of its architecture (wgmma fed by TMA on sm_90,
   tcgen05 fed by TMA on sm_100, mma on sm_80);
-- more shared memory than one program may have there.
+- more shared memory than one program may have there;
+- with `--dependent`, for dependent launch (`kernels.dependent`; sm_90 on), memory that is read or written before the
+  wait for the launch before.
 
-    python -m bench.resources --arch sm_90 [--preset dcgan64] [--batch 128 --batch 1024] [--precision bf16] [--json]
+    python -m bench.resources --arch sm_90 [--preset dcgan64] [--batch 128 --batch 1024] [--precision bf16]
+                              [--dependent] [--json]
     python -m bench.resources --cuda [--arch sm_90] [--json]     the extension's instead: bench/resources_cuda.py
 """
 
@@ -20,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +50,9 @@ TENSOR_CORE = {
     100: r"\btcgen05\.mma",
 }
 TMA = r"\bcp\.async\.bulk\.tensor\.\dd\.shared"
+WAIT, NEXT = "griddepcontrol.wait", "griddepcontrol.launch_dependents"
+MEMORY = r"\b(?:(?:ld|st|atom|red)\.(?:\w+\.)*global|cp\.async)\b"
+"""What reads or writes the GPU's memory."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ class Resources:
 
     registers: of a thread. spills: bytes of local memory a thread. shared_bytes: of a program.
     matrix, tma: how often its PTX names the architecture's tensor-core instruction and a TMA load.
+    early: what its PTX does to memory before it has waited for the launch before; None where it need not wait.
     """
 
     registers: int
@@ -62,6 +69,7 @@ class Resources:
     shared_bytes: int
     matrix: int
     tma: int
+    early: int | None = None
 
 
 def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list]]:
@@ -93,12 +101,20 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
 
     types, constants, aligned = signature(launch)
     source = ASTSource(launch.kernel, signature=types, constexprs=constants, attrs=aligned)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
     usage = _resource_usage(built.asm["cubin"], Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
     ptx = built.asm["ptx"]
     matrix, tma = (len(re.findall(pattern, ptx)) for pattern in (TENSOR_CORE[arch], TMA))
-    return Resources(usage["REG"], usage["STACK"] + usage["LOCAL"], built.metadata.shared, matrix, tma)
+    early = early_accesses(ptx) if launch.dependent else None
+    return Resources(usage["REG"], usage["STACK"] + usage["LOCAL"], built.metadata.shared, matrix, tma, early)
+
+
+def early_accesses(ptx: str) -> int:
+    """Accesses to memory that stand before the wait for the launch before, and before the next one may begin; all of
+    them where either is missing."""
+    before, wait, after = ptx.partition(WAIT)
+    between, begins, _ = after.partition(NEXT)
+    return len(re.findall(MEMORY, before + between if wait and begins else ptx))
 
 
 def _resource_usage(cubin: bytes, cuobjdump: Path) -> dict[str, int]:
@@ -117,6 +133,8 @@ def faults(case: Case, found: Resources, arch: int) -> list[str]:
         wrong.append(f"spills {found.spills} bytes a thread to local memory")
     if found.shared_bytes > SHARED_LIMIT_BYTES[arch]:
         wrong.append(f"takes {found.shared_bytes} bytes of shared memory, of {SHARED_LIMIT_BYTES[arch]} there are")
+    if found.early:
+        wrong.append(f"touches memory {found.early} times before it has waited for the launch before")
     if case.matrix and not found.matrix:
         wrong.append("does not use the tensor cores")
     if case.matrix and arch >= 90 and not found.tma:
@@ -129,7 +147,7 @@ def distinct(cases: Iterator[Case]) -> Iterator[Case]:
     seen = set()
     for case in cases:
         launch = case.launch
-        key = (id(launch.kernel), repr(signature(launch)), launch.warps, launch.stages)
+        key = (id(launch.kernel), repr(signature(launch)), repr(launch.options))
         if key not in seen:
             seen.add(key)
             yield case
@@ -145,6 +163,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, action="append", help="images a step; may be repeated (128 and 1024)")
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
     parser.add_argument("--only", default="", help="a regular expression that the row's name must match")
+    parser.add_argument("--dependent", action="store_true", help="as they are compiled for dependent launch")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument("--cuda", action="store_true", help="the kernels of csrc/ instead, which nvcc compiles")
     args = parser.parse_args()
@@ -159,11 +178,15 @@ def main() -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET is set, so kernels are interpreted and not compiled: unset it")
     sm, layers = ARCHES[args.arch], PRESETS[args.preset].arch
+    if args.dependent and sm < 90:
+        raise InputError(f"--dependent --arch {args.arch}: dependent launch begins with sm_90")
     cases = (case for batch in args.batch or (128, 1024) for case in step_cases(layers, batch, sm, args.precision))
     rows, failed = [], 0
     for case in distinct(cases):
         if not re.search(args.only, case.name):
             continue
+        if args.dependent:
+            case = replace(case, launch=replace(case.launch, dependent=True))
         found = compile_launch(case.launch, sm)
         wrong = faults(case, found, sm)
         failed += bool(wrong)

@@ -6,6 +6,7 @@ machine code. Fails on
 
 - a spill to local memory;
 - more static shared memory than one block may have there;
+- from sm_90 on, memory that is read or written before the wait for the launch before (`kernels.dependent`);
 - a 16-bit product that is not on the tensor cores, and on sm_90 a `_sm90` kernel without wgmma or without TMA, or whose
   wgmma the assembler put one after another.
 
@@ -29,6 +30,9 @@ CSRC = Path(__file__).parent.parent / "csrc"
 FLAGS = ("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v")
 STATIC_LIMIT_BYTES = 48 << 10
 """Static shared memory of a block, on every architecture. Source: CUDA programming guide, technical specifications."""
+MEMORY = r"\b(?:LDG?|STG?|ATOMG?|REDG?|LDGSTS|UTMALDG|UTMASTG|UTMAREDG|UBLK\w+)\b"
+"""What reads or writes the GPU's memory; not `UTMACCTL`, which fetches a tensor map, a parameter, ahead."""
+WAIT = r"\bACQBULK\b"
 MATRIX, WGMMA, TMA = r"\bHG?MMA\b|\bHMMA\.|\bHGMMA\.|\bUTC\w*MMA\b", r"\bHGMMA\.", r"\bUTMALDG\."
 
 
@@ -39,6 +43,7 @@ class Kernel:
     source: its file's name. name: as in the source, with its template arguments. registers: of a thread.
     spills: bytes of local memory a thread. shared_bytes: static, of a block.
     matrix, wgmma, tma: instructions of its machine code; None where that could not be read.
+    early: what its machine code does to memory before it has waited for the launch before; None as for the others.
     serialized: whether the assembler says that it makes each wgmma wait for the one before.
     """
 
@@ -50,6 +55,7 @@ class Kernel:
     matrix: int | None = None
     wgmma: int | None = None
     tma: int | None = None
+    early: int | None = None
     serialized: bool = False
 
 
@@ -108,11 +114,14 @@ def parse_serialized(text: str) -> set[str]:
 
 
 def parse_sass(text: str) -> dict[str, Counter]:
-    """{mangled kernel: how often its machine code has matrix, wgmma and TMA instructions}."""
-    counts, counter = {}, Counter()
+    """{mangled kernel: how often its machine code has matrix, wgmma and TMA instructions, and memory `early`}."""
+    counts, counter, waited = {}, Counter(), False
     for line in text.splitlines():
         if function := re.match(r"\s*Function : (\S+)", line):
-            counter = counts[function[1]] = Counter()
+            counter, waited = Counter(), False
+            counts[function[1]] = counter
+        waited |= bool(re.search(WAIT, line))
+        counter["early"] += not waited and bool(re.search(MEMORY, line))
         for kind, pattern in (("matrix", MATRIX), ("wgmma", WGMMA), ("tma", TMA)):
             counter[kind] += bool(re.search(pattern, line))
     return counts
@@ -144,7 +153,7 @@ def compile_source(nvcc: str, source: Path, arch: str, cuobjdump: str | None = N
     names = readable(list(used))
     kernels = []
     for mangled, numbers in used.items():
-        counts = {kind: code[mangled][kind] for kind in ("matrix", "wgmma", "tma")} if mangled in code else {}
+        counts = {kind: code[mangled][kind] for kind in ("matrix", "wgmma", "tma", "early")} if mangled in code else {}
         kernels.append(Kernel(source.name, names[mangled], *numbers, **counts, serialized=mangled in serialized))
     return sorted(kernels, key=lambda kernel: kernel.name)
 
@@ -164,6 +173,8 @@ def faults(kernel: Kernel, arch: str) -> list[str]:
         wrong.append("does not use wgmma")
     if hopper and arch == "sm_90" and kernel.tma == 0:
         wrong.append("does not load by TMA")
+    if kernel.early and int(arch.removeprefix("sm_")) >= 90:
+        wrong.append(f"touches memory {kernel.early} times before it has waited for the launch before")
     if kernel.serialized:
         wrong.append("has its wgmma serialized")
     return wrong

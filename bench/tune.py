@@ -7,7 +7,8 @@ For each kernel × shape of a training step: the tiles of `bench.tuning.candidat
 spills or does not fit is left out; each of the others runs once with every epilogue that the step gives this shape, and
 is held against float64 on the device; what is right is timed, the best few once more beside the library's product with
 our kernels around it, and the fastest is written. On those tiles then, for each layer whose input has a batch norm,
-whether its forward pass and weight gradient had better apply it as they load the map (`inputs/…`); and each public op,
+whether its forward pass and weight gradient had better apply it as they load the map (`inputs/…`); whether the captured
+step is faster with kernels that may begin before the one before them has ended (`launch/…`); and each public op,
 forward and backward, by each recipe as a whole.
 
 The table is written after every entry, in one move, into what the file held before; a tile, or an input, measured from
@@ -21,19 +22,22 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import record
+from bench import record, verify
 from bench.group import one_line
+from bench.peers import ladder
+from bench.stages import ahead
 from bench.subjects.accuracy import Subject, arithmetic
 from bench.subjects.problems import Read, Use
 from bench.timing import cold_ms, interleave
 from bench.tuning import inputs
-from bench.tuning.choices import Entry, best, entries, in_use, reads
+from bench.tuning.choices import Entry, Steps, best, entries, in_use, reads, steps
 from bench.tuning.lab import (
     DeviceLab,
     Shape,
@@ -53,6 +57,9 @@ from kernels import tuning
 
 DRY_ARCH = 90
 """Whose candidates a dry run names where there is no GPU."""
+
+STEP_ROUNDS = 31
+"""Of timing a step: the ways differ by a few per cent."""
 
 CHUNK = 6
 """Shapes whose candidates are compiled together; nothing is timed meanwhile."""
@@ -158,6 +165,60 @@ class Tuner:
                 found.append(recipe)
         return found
 
+    def launches(self, wanted: list[Steps]) -> int:
+        """Decide how the kernels of captured steps are launched; returns how many were not reached."""
+        with in_use(self.table):
+            remaining = [
+                steps for steps in wanted if self.again or not self.table.has_input(steps.name, self.table.sources)
+            ]
+            for done, steps in enumerate(remaining):
+                if not self.left():
+                    return len(remaining) - done
+                self.compile_ahead(steps)
+                times = self.step_us(steps)
+                way = best(times, "plain", 0.0)
+                if way:
+                    self.table.put_launch(steps.name, steps.precision, steps.images, way, times)
+                self.say(f"{steps.name}: {fastest_first(times)}{f'; {way}' if way else ''}")
+        return 0
+
+    def compile_ahead(self, steps: Steps) -> None:
+        """A step's kernels on all cores, both ways; what fails will fail, and say why, at its launch."""
+        if self.capability == ahead.TILES_OF:
+            jobs = tuple((steps.arch, steps.images, replace(rung, graph=False)) for rung in steps.rungs().values())
+            rest, workers = (jobs, self.table.header["device"]), self.compiler.workers
+            self.compiler.compile(
+                ahead.share_of_table, [(str(tuning.FOLDER), *rest, worker, workers) for worker in range(workers)]
+            )
+
+    def step_us(self, steps: Steps) -> dict[str, float]:
+        """A captured step of each way that trains as the reference does."""
+        expected = verify.oracle(steps.arch, steps.images, self.device)
+        calls = {}
+        for way, rung in steps.rungs().items():
+            name, why = f"{steps.name} {way}", ladder.unavailable(rung, steps.arch, self.device)
+            if name in self.journal.blamed:
+                why = "it ended the process"
+            if not why:
+                self.journal.begin(name)
+                try:
+                    runner = ladder.build(rung, steps.arch, expected.start, self.device, steps.images)
+                    why = verify.verdict(
+                        verify.differences(runner, expected), verify.tolerance_class(rung.precision, self.device)
+                    )
+                    calls[way] = partial(runner, *expected.data[0])
+                except Exception as error:  # whatever a launch or a capture raises is the way's reason
+                    why = one_line(error)
+                torch.cuda.synchronize(self.device)
+                self.journal.end(name)
+            if why:
+                calls.pop(way, None)
+                self.say(f"{name}: {why}")
+        if not calls:
+            return {}
+        timed = interleave(calls, STEP_ROUNDS, 1, self.device, None)
+        return {way: timed.p50_ms(way) * 1e3 for way in calls}
+
     def ops(self, wanted: list[Entry]) -> int:
         """Decide the recipe of public ops as a whole, on the tiles found; returns how many were not reached."""
         with in_use(self.table):
@@ -189,8 +250,10 @@ def fastest_first(times: dict[str, float]) -> str:
     return ", ".join(f"{name} {us:.1f} µs" for name, us in named) or "none right"
 
 
-def dry_run(wanted: list[Shape], maps: list[Read], ops: list[Entry], capability: int, each: bool) -> list[str]:
-    """What a search would try, a line a shape, an input, an op; with `each`, a line a tile too."""
+def dry_run(
+    wanted: list[Shape], maps: list[Read], ops: list[Entry], whole: list[Steps], capability: int, each: bool
+) -> list[str]:  # fmt: skip
+    """What a search would try, a line a shape, an input, an op, a step; with `each`, a line a tile too."""
     from bench.tuning.candidates import candidates
 
     lines, total = [], 0
@@ -204,7 +267,8 @@ def dry_run(wanted: list[Shape], maps: list[Read], ops: list[Entry], capability:
         what = "forward and weight gradient" if read.weights else "forward alone"
         lines.append(f"{read.name}: {' or '.join(tuning.INPUTS)}, {what}")
     lines += [f"{entry.name}: as a whole" for entry in ops]
-    counts = f"{len(wanted)} shapes, {total} tiles; {len(maps)} inputs; {len(ops)} ops as a whole"
+    lines += [f"{steps.name}: {' or '.join(tuning.LAUNCHES)}" for steps in whole]
+    counts = f"{len(wanted)} shapes, {total} tiles; {len(maps)} inputs; {len(ops)} ops as a whole; {len(whole)} steps"
     return [*lines, f"{counts}; capability {capability}"]
 
 
@@ -217,7 +281,7 @@ def command() -> int:
     parser.add_argument("--out", type=Path, help="the table (kernels/tuned/<device>.json)")
     parser.add_argument("--record", help="the record that its figures belong to, for the table's header")
     parser.add_argument(
-        "--only", default="", help="a regular expression that a shape's, input's or op's name must match"
+        "--only", default="", help="a regular expression that a shape's, input's, op's or step's name must match"
     )
     parser.add_argument("--again", action="store_true", help="also what these kernel sources were measured for")
     parser.add_argument("--dry-run", action="store_true", help="name the candidates; --only names their tiles too")
@@ -232,10 +296,10 @@ def command() -> int:
     arch = PRESETS[args.preset].arch
     plan = [
         [work for work in all_of(arch, batches, args.precision) if pattern.search(work.name)]
-        for all_of in (shapes, reads, entries)
+        for all_of in (shapes, reads, entries, steps)
     ]
     if not any(plan):
-        raise InputError(f"--only {args.only}: no shape, input or op has such a name; --dry-run lists them")
+        raise InputError(f"--only {args.only}: no shape, input, op or step has such a name; --dry-run lists them")
     if args.dry_run:
         print("\n".join(dry_run(*plan, capability_of(), bool(args.only))))
         return 0
@@ -248,7 +312,9 @@ def capability_of() -> int:
     return arch_of_device(torch.device("cuda")) if torch.cuda.is_available() else DRY_ARCH
 
 
-def tune(args: Any, arch: Arch, wanted: list[Shape], maps: list[Read], ops: list[Entry]) -> int:
+def tune(
+    args: Any, arch: Arch, wanted: list[Shape], maps: list[Read], ops: list[Entry], whole: list[Steps]
+) -> int:  # fmt: skip
     began, device = time.monotonic(), torch.device("cuda")
     name = torch.cuda.get_device_name(device)
     path = args.out or tuning.FOLDER / f"{tuning.slug(name)}.json"
@@ -267,7 +333,7 @@ def tune(args: Any, arch: Arch, wanted: list[Shape], maps: list[Read], ops: list
             tuner = Tuner(arch, device, capability_of(), table, journal, compiler, began + args.minutes * 60)
             tuner.say = lambda line: print(line, flush=True)
             tuner.again = args.again
-            missed = tuner.tiles(wanted) + tuner.inputs(maps) + tuner.ops(ops)
+            missed = tuner.tiles(wanted) + tuner.inputs(maps) + tuner.launches(whole) + tuner.ops(ops)
         torch.cuda.synchronize(device)
     except RuntimeError as error:
         start_anew(error, args.minutes - (time.monotonic() - began) / 60)

@@ -74,6 +74,7 @@ __device__ __forceinline__ void move_scale(float* scale, bool sound, const Const
 // Compares alone.
 // Beats a pass a tensor and a question from the host; only a float16 step, whose gradients are scaled, pays for it.
 __global__ void __launch_bounds__(THREADS) overflow(const int64_t* table, const int64_t* blocks, int32_t* flags) {
+  after_previous();
   const auto a = part<__half>(table, blocks);
   for (int i = threadIdx.x * N; i < a.left; i += THREADS * N) {
     bool sound = true;
@@ -90,6 +91,7 @@ __global__ void __launch_bounds__(THREADS) overflow(const int64_t* table, const 
 template <class T>
 __global__ void __launch_bounds__(THREADS, 4) adam_kernel(
     const int64_t* table, const int64_t* blocks, void* step, int32_t* flags, float* loss_scale, Constants k) {
+  after_previous();
   const auto a = part<T>(table, blocks);
   const float before = k.step_is_float ? *static_cast<float*>(step) : float(*static_cast<int64_t*>(step));
   const float rate = k.lr / -expm1f((before + 1) * k.log1), root = 1 / sqrtf(-expm1f((before + 1) * k.log2));
@@ -114,7 +116,7 @@ __global__ void __launch_bounds__(THREADS, 4) adam_kernel(
 }  // namespace
 
 extern "C" cudaError_t adam(
-    cudaStream_t stream, const int64_t* table, const int64_t* blocks, void* step, int32_t* flags,
+    Stream stream, const int64_t* table, const int64_t* blocks, void* step, int32_t* flags,
     Maybe<float> loss_scale, int64_t programs, int64_t copy_dtype, int64_t step_is_float, int64_t move_scale,
     double lr, double beta1, double beta2, double eps, double growth, double backoff, double interval) {
   // log 0 as a number whose every multiple is 0 by exp

@@ -11,7 +11,7 @@ extern "C" {
 // step: one int64, or one float where step_is_float. flags: a ticket, and whether a gradient overflowed; 0 between
 // launches. loss_scale: scale, good steps, overflows; without it gradients are taken as they are.
 cudaError_t adam(
-    cudaStream_t stream, const int64_t* table, const int64_t* blocks, void* step, int32_t* flags,
+    Stream stream, const int64_t* table, const int64_t* blocks, void* step, int32_t* flags,
     Maybe<float> loss_scale, int64_t programs, int64_t copy_dtype, int64_t step_is_float, int64_t move_scale,
     double lr, double beta1, double beta2, double eps, double growth, double backoff, double interval);
 }

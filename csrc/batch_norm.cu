@@ -67,6 +67,7 @@ __device__ __forceinline__ float* partial(float* values, int row, const Sizes& s
 // Beats the library by nothing: for outputs of a library's GEMM, which has no epilogue of ours.
 template <class T, int N>
 __global__ void __launch_bounds__(THREADS, BLOCKS) statistics(const T* y, float* values, float* counts, Sizes s) {
+  after_previous();
   const Place p = place<N>(s);
   float n = 0, mean[N] = {}, m2[N] = {};
   for (int r = p.line; r < p.rows; r += UNROLL * p.lines) {
@@ -127,6 +128,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) statistics(const T* y, float*
 __global__ void __launch_bounds__(THREADS, BLOCKS) merge_statistics(
     const float* values, const float* counts, Norm norm, int64_t* tracked, float* state, int groups, int tiles,
     int channels) {
+  after_previous();
   const int line = threadIdx.x / MERGE_COLUMNS, c = blockIdx.x * MERGE_COLUMNS + threadIdx.x % MERGE_COLUMNS;
   const bool inside = c < channels;
   const int64_t row = int64_t(groups) * channels;
@@ -154,6 +156,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) merge_statistics(
 // Beats the library's three kernels (statistics, apply, activation) by being the one that is left.
 template <class T, int N>
 __global__ void __launch_bounds__(THREADS, BLOCKS) apply(const T* y, const float* state, T* out, Sizes s, float slope) {
+  after_previous();
   const Place p = place<N>(s);
   float scale[N], shift[N];
   per_channel(state, 2, s, p, scale);
@@ -182,6 +185,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) apply(const T* y, const float
 template <class T, int N>
 __global__ void __launch_bounds__(THREADS, BLOCKS) activation_grad(
     const T* da, const T* y, const float* state, T* g, float* values, Sizes s, float slope) {
+  after_previous();
   constexpr int ROWS = UNROLL / 2;  // of two tensors
   const Place p = place<N>(s);
   float mean[N], rstd[N], scale[N], shift[N], sums[2 * N] = {};
@@ -227,6 +231,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) activation_grad(
 // Beats a second pass over the tensors, as merge_statistics does.
 __global__ void __launch_bounds__(THREADS) merge_sums(
     const float* values, float* dweight, float* dbias, float* means, float rows, int groups, int tiles, int channels) {
+  after_previous();
   const int line = threadIdx.x / MERGE_COLUMNS, c = blockIdx.x * MERGE_COLUMNS + threadIdx.x % MERGE_COLUMNS;
   const int64_t row = int64_t(groups) * channels;
   float total[2] = {};
@@ -254,6 +259,7 @@ __global__ void __launch_bounds__(THREADS) merge_sums(
 template <class T, int N>
 __global__ void __launch_bounds__(THREADS, BLOCKS) apply_grad(
     const T* g, const T* y, const float* state, const float* means, T* dy, Sizes s) {
+  after_previous();
   constexpr int ROWS = UNROLL / 2;  // of two tensors
   const Place p = place<N>(s);
   float mean[N], rstd[N], scale[N], mean_g[N], mean_gx[N];
@@ -302,7 +308,7 @@ dim3 merge_grid(int64_t channels) { return dim3(unsigned(cdiv(channels, int64_t(
 extern "C" {
 
 cudaError_t bn_statistics(
-    cudaStream_t stream, const void* y, float* values, float* counts, int64_t dtype, int64_t rows, int64_t groups,
+    Stream stream, const void* y, float* values, float* counts, int64_t dtype, int64_t rows, int64_t groups,
     int64_t channels, int64_t tile_rows) {
   return over_tiles(dtype, rows, groups, channels, tile_rows, [&]<class T, int N>(Sizes s, dim3 grid) {
     return launch(statistics<T, N>, grid, THREADS, 0, stream, static_cast<const T*>(y), values, counts, s);
@@ -310,7 +316,7 @@ cudaError_t bn_statistics(
 }
 
 cudaError_t bn_merge_statistics(
-    cudaStream_t stream, const float* values, const float* counts, const float* weight, const float* bias,
+    Stream stream, const float* values, const float* counts, const float* weight, const float* bias,
     Maybe<float> running_mean, Maybe<float> running_var, Maybe<int64_t> tracked, float* state, int64_t groups,
     int64_t tiles, int64_t channels, double eps, double momentum) {
   return launch(
@@ -320,7 +326,7 @@ cudaError_t bn_merge_statistics(
 }
 
 cudaError_t bn_apply(
-    cudaStream_t stream, const void* y, const float* state, void* out, int64_t dtype, int64_t rows, int64_t groups,
+    Stream stream, const void* y, const float* state, void* out, int64_t dtype, int64_t rows, int64_t groups,
     int64_t channels, int64_t tile_rows, double slope) {
   return over_tiles(dtype, rows, groups, channels, tile_rows, [&]<class T, int N>(Sizes s, dim3 grid) {
     return launch(
@@ -329,7 +335,7 @@ cudaError_t bn_apply(
 }
 
 cudaError_t bn_activation_grad(
-    cudaStream_t stream, const void* da, const void* y, const float* state, void* g, float* values, int64_t dtype,
+    Stream stream, const void* da, const void* y, const float* state, void* g, float* values, int64_t dtype,
     int64_t rows, int64_t groups, int64_t channels, int64_t tile_rows, double slope) {
   return over_tiles(dtype, rows, groups, channels, tile_rows, [&]<class T, int N>(Sizes s, dim3 grid) {
     return launch(
@@ -339,7 +345,7 @@ cudaError_t bn_activation_grad(
 }
 
 cudaError_t bn_merge_sums(
-    cudaStream_t stream, const float* values, float* dweight, float* dbias, float* means, int64_t rows, int64_t groups,
+    Stream stream, const float* values, float* dweight, float* dbias, float* means, int64_t rows, int64_t groups,
     int64_t tiles, int64_t channels) {
   return launch(
       merge_sums, merge_grid(channels), THREADS, 0, stream, values, dweight, dbias, means, float(rows), int(groups),
@@ -347,7 +353,7 @@ cudaError_t bn_merge_sums(
 }
 
 cudaError_t bn_apply_grad(
-    cudaStream_t stream, const void* g, const void* y, const float* state, const float* means, void* dy, int64_t dtype,
+    Stream stream, const void* g, const void* y, const float* state, const float* means, void* dy, int64_t dtype,
     int64_t rows, int64_t groups, int64_t channels, int64_t tile_rows) {
   return over_tiles(dtype, rows, groups, channels, tile_rows, [&]<class T, int N>(Sizes s, dim3 grid) {
     return launch(

@@ -8,27 +8,27 @@
 extern "C" {
 
 cudaError_t bn_statistics(
-    cudaStream_t stream, const void* y, float* values, float* counts, int64_t dtype, int64_t rows, int64_t groups,
+    Stream stream, const void* y, float* values, float* counts, int64_t dtype, int64_t rows, int64_t groups,
     int64_t channels, int64_t tile_rows);
 
 cudaError_t bn_merge_statistics(
-    cudaStream_t stream, const float* values, const float* counts, const float* weight, const float* bias,
+    Stream stream, const float* values, const float* counts, const float* weight, const float* bias,
     Maybe<float> running_mean, Maybe<float> running_var, Maybe<int64_t> tracked, float* state, int64_t groups,
     int64_t tiles, int64_t channels, double eps, double momentum);
 
 cudaError_t bn_apply(
-    cudaStream_t stream, const void* y, const float* state, void* out, int64_t dtype, int64_t rows, int64_t groups,
+    Stream stream, const void* y, const float* state, void* out, int64_t dtype, int64_t rows, int64_t groups,
     int64_t channels, int64_t tile_rows, double slope);
 
 cudaError_t bn_activation_grad(
-    cudaStream_t stream, const void* da, const void* y, const float* state, void* g, float* values, int64_t dtype,
+    Stream stream, const void* da, const void* y, const float* state, void* g, float* values, int64_t dtype,
     int64_t rows, int64_t groups, int64_t channels, int64_t tile_rows, double slope);
 
 cudaError_t bn_merge_sums(
-    cudaStream_t stream, const float* values, float* dweight, float* dbias, float* means, int64_t rows, int64_t groups,
+    Stream stream, const float* values, float* dweight, float* dbias, float* means, int64_t rows, int64_t groups,
     int64_t tiles, int64_t channels);
 
 cudaError_t bn_apply_grad(
-    cudaStream_t stream, const void* g, const void* y, const float* state, const float* means, void* dy, int64_t dtype,
+    Stream stream, const void* g, const void* y, const float* state, const float* means, void* dy, int64_t dtype,
     int64_t rows, int64_t groups, int64_t channels, int64_t tile_rows);
 }

@@ -2,7 +2,8 @@
 //
 // An op is its launch function: its schema is read off the C++ signature, so that the two cannot disagree.
 //   const T*   Tensor          T*   Tensor(a!), written           Maybe<T>   the same, may be None
-//   int64_t    int             double   float                     cudaStream_t (first)   torch's current stream
+//   int64_t    int             double   float                     Stream (first)         torch's current stream
+// and last comes `bool dependent=False`, whether it is a dependent launch.
 // Ops check devices and density alone: shapes, dtypes and alignment are checked by kernels/_cuda, their only caller.
 #include <dlfcn.h>
 #include <torch/csrc/stable/library.h>
@@ -100,7 +101,7 @@ struct Device {
 template <auto Function>
 struct Op;
 
-template <class... A, cudaError_t (*Function)(cudaStream_t, A...)>
+template <class... A, cudaError_t (*Function)(Stream, A...)>
 struct Op<Function> {
   static inline const char* name;
 
@@ -111,10 +112,12 @@ struct Op<Function> {
   static void unpack(StableIValue* stack, std::index_sequence<I...>) {
     std::tuple<typename Argument<A>::Held...> held{
         torch::stable::detail::to<typename Argument<A>::Held>(stack[I])...};
+    const bool dependent = torch::stable::detail::to<bool>(stack[sizeof...(I)]);
     Device device{name};
     (device.see(std::get<I>(held)), ...);
     const torch::stable::accelerator::DeviceGuard guard(device.index);
-    const auto error = Function(current_stream(name, device.index), Argument<A>::pass(std::get<I>(held))...);
+    const Stream stream{current_stream(name, device.index), dependent};
+    const auto error = Function(stream, Argument<A>::pass(std::get<I>(held))...);
     STD_TORCH_CHECK(error == cudaSuccess, name, " failed to launch: ", cudaGetErrorString(error));
   }
 
@@ -131,7 +134,7 @@ struct Op<Function> {
       at = end + 1;
     }
     STD_TORCH_CHECK(at > names.size(), op, " has more names than arguments");
-    library.def((schema + ") -> ()").c_str());
+    library.def((schema + ", bool dependent=False) -> ()").c_str());
   }
 };
 

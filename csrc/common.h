@@ -22,32 +22,57 @@ struct Grid {
   Grid(unsigned blocks, unsigned cluster = 1) : blocks(blocks), cluster(cluster) {}
 };
 
+// Where a launch goes; `dependent`: it may begin before the one before it has ended (kernels/dependent.py; sm_90 on).
+struct Stream {
+  cudaStream_t at;
+  bool dependent;
+};
+
 // kernel<<<grid, block, shared, stream>>>(arguments...) as a function, since host.h has no chevrons.
 #ifdef DCGAN_HOST
 template <class... P, class... A>
-cudaError_t launch(void (*kernel)(P...), Grid grid, dim3 block, size_t shared, cudaStream_t stream, A... arguments) {
-  return host::launch([&] { kernel(P(arguments)...); }, grid.blocks, grid.cluster, block, shared, stream);
+cudaError_t launch(void (*kernel)(P...), Grid grid, dim3 block, size_t shared, Stream stream, A... arguments) {
+  const auto body = [&] { kernel(P(arguments)...); };
+  return host::launch(body, grid.blocks, grid.cluster, block, shared, stream.at, stream.dependent);
 }
 #else
 template <class... P, class... A>
-cudaError_t launch(void (*kernel)(P...), Grid grid, dim3 block, size_t shared, cudaStream_t stream, A... arguments) {
+cudaError_t launch(void (*kernel)(P...), Grid grid, dim3 block, size_t shared, Stream stream, A... arguments) {
   if (shared > 48 << 10) {  // beyond the default limit, by request only (programming guide, "shared memory")
     const auto error = cudaFuncSetAttribute(
         reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
     if (error != cudaSuccess) return error;
   }
-  cudaLaunchAttribute clusters = {};
-  clusters.id = cudaLaunchAttributeClusterDimension;
-  clusters.val.clusterDim.x = grid.cluster, clusters.val.clusterDim.y = clusters.val.clusterDim.z = 1;
+  cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = {};
-  config.gridDim = grid.blocks, config.blockDim = block, config.dynamicSmemBytes = shared, config.stream = stream;
-  config.attrs = &clusters, config.numAttrs = grid.cluster > 1;
+  config.gridDim = grid.blocks, config.blockDim = block, config.dynamicSmemBytes = shared, config.stream = stream.at;
+  config.attrs = attributes;
+  if (grid.cluster > 1) {
+    auto& clusters = attributes[config.numAttrs++];
+    clusters.id = cudaLaunchAttributeClusterDimension;
+    clusters.val.clusterDim.x = grid.cluster, clusters.val.clusterDim.y = clusters.val.clusterDim.z = 1;
+  }
+  if (stream.dependent) {
+    auto& early = attributes[config.numAttrs++];
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+  }
   return cudaLaunchKernelEx(&config, kernel, P(arguments)...);
 }
 
 // The block's dynamic shared memory, as `unsigned char* name`.
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 #endif
+
+// What every kernel does before it reads or writes memory that others see: wait for the launch before it, which may still
+// run, and let the next one begin (kernels/dependent.py). Nothing to wait for where the launch is not a dependent one.
+__device__ __forceinline__ void after_previous() {
+#ifdef DCGAN_HOST
+  host::after_previous();
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 // A pointer that may be null: an optional tensor of the op. It is passed as a plain pointer is.
 template <class T>

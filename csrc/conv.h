@@ -22,14 +22,14 @@
 extern "C" {
 
 cudaError_t conv_sm80(
-    cudaStream_t stream, const void* x, const void* w, void* y, Maybe<const void> saved, Maybe<const float> state,
+    Stream stream, const void* x, const void* w, void* y, Maybe<const void> saved, Maybe<const float> state,
     Maybe<float> values, Maybe<float> counts, Maybe<float> rounds, Maybe<float> round_counts, Maybe<int32_t> tickets,
     Maybe<const float> weight, Maybe<const float> bias, Maybe<float> running_mean, Maybe<float> running_var,
     Maybe<int64_t> tracked, Maybe<float> dweight, Maybe<float> dbias, Maybe<float> merged, int64_t transposed,
     int64_t dtype, int64_t images, int64_t groups, int64_t height, int64_t width, int64_t into, int64_t out,
     int64_t box_height, int64_t box_width, int64_t columns, double slope, double eps, double momentum);
 cudaError_t conv_sm90(
-    cudaStream_t stream, const void* x, const void* w, void* y, Maybe<const void> saved, Maybe<const float> state,
+    Stream stream, const void* x, const void* w, void* y, Maybe<const void> saved, Maybe<const float> state,
     Maybe<float> values, Maybe<float> counts, Maybe<float> rounds, Maybe<float> round_counts, Maybe<int32_t> tickets,
     Maybe<const float> weight, Maybe<const float> bias, Maybe<float> running_mean, Maybe<float> running_var,
     Maybe<int64_t> tracked, Maybe<float> dweight, Maybe<float> dbias, Maybe<float> merged, int64_t transposed,
@@ -40,7 +40,7 @@ cudaError_t conv_sm90(
 // high (N, 2H, 2W, C). A box is of 64 low pixels, `columns` are of L, and a cluster of 1, 2 or 4 blocks has the same
 // pixels and columns, and other taps.
 cudaError_t wgrad_sm90(
-    cudaStream_t stream, const void* low, const void* high, float* shares, int64_t dtype, int64_t images,
+    Stream stream, const void* low, const void* high, float* shares, int64_t dtype, int64_t images,
     int64_t height, int64_t width, int64_t low_channels, int64_t high_channels, int64_t box_height, int64_t box_width,
     int64_t columns, int64_t cluster, int64_t split);
 }

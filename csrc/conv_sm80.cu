@@ -77,6 +77,8 @@ __global__ void __launch_bounds__(THREADS, 1) conv_sm80_kernel(Arguments<T> a) {
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
   const Pixels<T, TRANSPOSED> pixels(s, tile);
 
+  after_previous();
+
   const auto copy_step = [&](int step) {
     const uint32_t to = shared + step % P::STAGES * P::BYTES, b = to + P::A_BYTES;
     const int tap = step / chunks, k = step % chunks * DEPTH, up = tap / 2, back = tap % 2;
@@ -150,7 +152,7 @@ __global__ void __launch_bounds__(THREADS, 1) conv_sm80_kernel(Arguments<T> a) {
 }
 
 template <class T, bool TRANSPOSED>
-cudaError_t run(cudaStream_t stream, const Arguments<T>& a, int64_t columns) {
+cudaError_t run(Stream stream, const Arguments<T>& a, int64_t columns) {
   const ConvShape& s = a.shape;
   const unsigned grid = unsigned(s.groups) * s.boxes() * s.phases * cdiv(s.out, int(columns));
   switch (columns) {
@@ -163,7 +165,7 @@ cudaError_t run(cudaStream_t stream, const Arguments<T>& a, int64_t columns) {
 }  // namespace
 
 cudaError_t conv_sm80(
-    cudaStream_t stream, const void* x, const void* w, void* y, Maybe<const void> saved, Maybe<const float> state,
+    Stream stream, const void* x, const void* w, void* y, Maybe<const void> saved, Maybe<const float> state,
     Maybe<float> values, Maybe<float> counts, Maybe<float> rounds, Maybe<float> round_counts, Maybe<int32_t> tickets,
     Maybe<const float> weight, Maybe<const float> bias, Maybe<float> running_mean, Maybe<float> running_var,
     Maybe<int64_t> tracked, Maybe<float> dweight, Maybe<float> dbias, Maybe<float> merged, int64_t transposed,

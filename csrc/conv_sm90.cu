@@ -117,6 +117,7 @@ __global__ void __launch_bounds__(THREADS, Plan<COLUMNS>::BLOCKS)
   }
   if (a.cluster > 1) cluster_arrive<true>(), cluster_wait();
   else __syncthreads();
+  after_previous();
   if (threadIdx.x == 0) {
     for (int i = 0; i < PLANES && i < planes; ++i) load_plane(i);
 #pragma unroll 1
@@ -198,7 +199,7 @@ __global__ void __launch_bounds__(THREADS, Plan<COLUMNS>::BLOCKS)
 
 template <class T, int COLUMNS, bool TRANSPOSED>
 cudaError_t run(
-    cudaStream_t stream, const void* x, const void* w, const ConvShape& s, const ConvOutput<T>& out,
+    Stream stream, const void* x, const void* w, const ConvShape& s, const ConvOutput<T>& out,
     const ConvMerge& merge, int cluster) {
   using P = Plan<COLUMNS>;
   if (cluster < 1 || cluster > 8 || (cluster & (cluster - 1)) || s.groups * s.boxes() % cluster)
@@ -229,7 +230,7 @@ cudaError_t run(
 }  // namespace
 
 cudaError_t conv_sm90(
-    cudaStream_t stream, const void* x, const void* w, void* y, Maybe<const void> saved, Maybe<const float> state,
+    Stream stream, const void* x, const void* w, void* y, Maybe<const void> saved, Maybe<const float> state,
     Maybe<float> values, Maybe<float> counts, Maybe<float> rounds, Maybe<float> round_counts, Maybe<int32_t> tickets,
     Maybe<const float> weight, Maybe<const float> bias, Maybe<float> running_mean, Maybe<float> running_var,
     Maybe<int64_t> tracked, Maybe<float> dweight, Maybe<float> dbias, Maybe<float> merged, int64_t transposed,

@@ -56,6 +56,7 @@ template <class T, int N>
 __global__ void __launch_bounds__(THREADS, 2) head_kernel(
     const T* y, const T* w, const float* state, const float* loss_scale, float* logits, float* dlogits, float* means,
     unsigned* ticket, Sizes s, float slope) {
+  after_previous();
   const int group = int(blockIdx.x / s.per_group), features = s.pixels * s.channels;
   const T* image = y + int64_t(blockIdx.x) * features;
   const float* scales = state + int64_t(2 * s.groups + group) * s.channels;
@@ -87,6 +88,7 @@ __global__ void __launch_bounds__(THREADS, 2) head_kernel(
 // Beats the library's sigmoid, loss, two means and their backward by being one launch; nothing else costs here.
 template <class T>
 __global__ void __launch_bounds__(THREADS) gan_loss_kernel(const T* logits, float* dlogits, float* means, Sizes s) {
+  after_previous();
   group_means(logits, dlogits, means, blockIdx.x, s);
 }
 
@@ -100,6 +102,7 @@ template <class T, int N>
 __global__ void __launch_bounds__(THREADS, 1) head_grad_kernel(
     const T* y, const T* w, const float* state, const float* dlogits, T* g, float* values, float* dw, Sizes s,
     float slope) {
+  after_previous();
   const int pixel = blockIdx.x, line = threadIdx.x / s.columns, lines = THREADS / s.columns;
   const int c = (blockIdx.y * s.columns + threadIdx.x % s.columns) * N;
   const bool inside = c < s.channels;
@@ -156,7 +159,7 @@ cudaError_t over_channels(int64_t dtype, int64_t channels, F f) {
 extern "C" {
 
 cudaError_t head(
-    cudaStream_t stream, const void* y, const void* weight, const float* state, Maybe<const float> scale,
+    Stream stream, const void* y, const void* weight, const float* state, Maybe<const float> scale,
     float* logits, float* dlogits, float* means, int32_t* ticket, int64_t dtype, int64_t per_group, int64_t groups,
     int64_t pixels, int64_t channels, int64_t real, double slope) {
   const Sizes s = {per_group, int(groups), int(pixels), int(channels), 1, unsigned(real)};
@@ -169,7 +172,7 @@ cudaError_t head(
 }
 
 cudaError_t gan_loss(
-    cudaStream_t stream, const void* logits, float* dlogits, float* means, int64_t dtype, int64_t per_group,
+    Stream stream, const void* logits, float* dlogits, float* means, int64_t dtype, int64_t per_group,
     int64_t groups, int64_t real) {
   const Sizes s = {per_group, int(groups), 1, 1, 1, unsigned(real)};
   return by_dtype(dtype, [&]<class T>() {
@@ -180,7 +183,7 @@ cudaError_t gan_loss(
 }
 
 cudaError_t head_grad(
-    cudaStream_t stream, const void* y, const void* weight, const float* state, const float* dlogits, void* g,
+    Stream stream, const void* y, const void* weight, const float* state, const float* dlogits, void* g,
     float* values, Maybe<float> dw, int64_t dtype, int64_t per_group, int64_t groups, int64_t pixels,
     int64_t channels, double slope) {
   return over_channels(dtype, channels, [&]<class T, int N>(int64_t vectors) {

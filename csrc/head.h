@@ -7,16 +7,16 @@
 extern "C" {
 
 cudaError_t head(
-    cudaStream_t stream, const void* y, const void* weight, const float* state, Maybe<const float> scale,
+    Stream stream, const void* y, const void* weight, const float* state, Maybe<const float> scale,
     float* logits, float* dlogits, float* means, int32_t* ticket, int64_t dtype, int64_t per_group, int64_t groups,
     int64_t pixels, int64_t channels, int64_t real, double slope);
 
 cudaError_t gan_loss(
-    cudaStream_t stream, const void* logits, float* dlogits, float* means, int64_t dtype, int64_t per_group,
+    Stream stream, const void* logits, float* dlogits, float* means, int64_t dtype, int64_t per_group,
     int64_t groups, int64_t real);
 
 cudaError_t head_grad(
-    cudaStream_t stream, const void* y, const void* weight, const float* state, const float* dlogits, void* g,
+    Stream stream, const void* y, const void* weight, const float* state, const float* dlogits, void* g,
     float* values, Maybe<float> dw, int64_t dtype, int64_t per_group, int64_t groups, int64_t pixels,
     int64_t channels, double slope);
 }

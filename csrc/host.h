@@ -1,8 +1,8 @@
 // CUDA's threads, shared memory, barriers, shuffles and 16-bit types in plain C++, so that the kernels' own sources
 // run on a CPU: for tests alone. g++ -std=c++20 -DDCGAN_HOST -x c++ -shared -fPIC -fno-strict-aliasing csrc/*.cu
 //
-// Blocks run one after another, those of a cluster together. Their threads are fibers (ucontext): each runs until it
-// ends, or waits at a barrier or in a warp's collective; when all that must arrive have, they go on. Runs repeat exactly.
+// Blocks run one after another, those of a cluster together. Their threads are fibers: each runs until it ends, or waits
+// at a barrier or in a warp's collective; when all that must arrive have, they go on. Runs repeat exactly.
 // What can never go on (a barrier some lanes skip) ends the process with a message.
 //
 // Which order it all takes is a GPU's own affair, so kernels are run in several, and a wait that is missing shows by
@@ -11,10 +11,15 @@
 // itself on a GPU (TMA, cp.async, wgmma) is done at once, or, after `host_late(1)`, at the last moment that the waits
 // allow; until then it reads what is there by then, and what it will write is NaN.
 //
+// A dependent launch begins while the one before it still runs: of the memory named by `host_pending` (`host_forget` ends
+// the list) each cluster finds NaN until it waits, and what it writes there before shows. It waits as long as it can.
+//
 // `static` shared memory keeps what the block before left, as on a GPU.
 #pragma once
 
+#ifndef __x86_64__
 #include <ucontext.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -89,11 +94,60 @@ struct Queue {
   bool idle() const { return open.empty() && groups.empty(); }
 };
 
+// A place to go on from, on a stack of its own, and the way there. On x86-64 without the system call that swapcontext
+// makes for the signal mask, which would be half of a run's time.
+#ifdef __x86_64__
+struct Place {
+  void** top;  // of the stack, with the registers that a call keeps and where to return to (System V ABI)
+};
+
+extern "C" void host_switch(void*** from, void** to);
+asm(R"(
+.text
+.weak host_switch
+.type host_switch, @function
+host_switch:
+  push %rbp
+  push %rbx
+  push %r12
+  push %r13
+  push %r14
+  push %r15
+  mov %rsp, (%rdi)
+  mov %rsi, %rsp
+  pop %r15
+  pop %r14
+  pop %r13
+  pop %r12
+  pop %rbx
+  pop %rbp
+  ret
+)");
+
+inline void go(Place& from, Place& to) { host_switch(&from.top, to.top); }
+
+inline void start_at(Place& place, char* stack, size_t bytes, void (*main)()) {
+  place.top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack + bytes) / 16 * 16) - 8;
+  std::fill(place.top, place.top + 8, nullptr);
+  place.top[6] = reinterpret_cast<void*>(main);
+}
+#else
+using Place = ucontext_t;
+
+inline void go(Place& from, Place& to) { swapcontext(&from, &to); }
+
+inline void start_at(Place& place, char* stack, size_t bytes, void (*main)()) {
+  getcontext(&place);
+  place.uc_stack.ss_sp = stack, place.uc_stack.ss_size = bytes;
+  makecontext(&place, main, 0);
+}
+#endif
+
 struct Thread {
-  ucontext_t context;
+  Place place;
   std::unique_ptr<char[]> stack;
   uint3 index;
-  enum { RUNS, POLLS, AT_BARRIER, AT_CLUSTER_BARRIER, IN_COLLECTIVE, ENDED } state;
+  enum { RUNS, POLLS, AT_BARRIER, AT_CLUSTER_BARRIER, IN_COLLECTIVE, AFTER_PREVIOUS, ENDED } state;
   // of a collective: its mask, where in the source it stands, what this lane brought, and where its result goes
   unsigned mask;
   unsigned line;
@@ -108,6 +162,13 @@ struct Box {
   std::function<void()> land;
 };
 
+// Memory that the launch before is taken to be writing, and what it will have been when that has ended.
+struct Pending {
+  unsigned char* at;
+  size_t bytes;
+  std::vector<unsigned char> written;
+};
+
 struct Block {
   uint3 index{};
   unsigned char* shared = nullptr;
@@ -120,12 +181,14 @@ struct State {
   bool late = false;
   uint64_t random = 0;
   std::vector<Box> boxes;
+  std::vector<Pending> pending;
+  bool dependent = false, waited = false;  // the launch; this cluster
   uint64_t first_block = 0, last_block = UINT64_MAX;
   Block blocks[MAX_CLUSTER];
   int cluster = 1, rank = 0;  // blocks that run together; which of them the current thread is of
   dim3 block_dim, grid_dim;
   unsigned char* shared = nullptr;  // of the current thread's block
-  ucontext_t scheduler;
+  Place scheduler;
   const std::function<void()>* body = nullptr;
   const void* scheduler_stack = nullptr;  // for AddressSanitizer, which must know which stack is in use
   size_t scheduler_bytes = 0;
@@ -160,7 +223,7 @@ inline void yield() {
   Thread& me = state.self();
   void* fake = nullptr;
   start_switch(me.state == Thread::ENDED ? nullptr : &fake, state.scheduler_stack, state.scheduler_bytes);
-  swapcontext(&me.context, &state.scheduler);
+  go(me.place, state.scheduler);
   finish_switch(fake, true);
 }
 
@@ -168,6 +231,26 @@ inline void yield() {
 inline void poll() {
   state.self().state = Thread::POLLS;
   yield();
+}
+
+// The launch before runs still: what it writes is not there.
+inline void begin_before_previous() {
+  for (auto& [at, bytes, written] : state.pending) written.assign(at, at + bytes), poison(at, bytes);
+  state.waited = false;
+}
+
+// It has ended. False where nobody waits for that.
+inline bool end_previous() {
+  bool waits = false;
+  for (int t = 0; t < state.count * state.cluster; ++t)
+    if (state.threads[t].state == Thread::AFTER_PREVIOUS) state.threads[t].state = Thread::RUNS, waits = true;
+  if (!waits || state.waited) return waits;
+  for (auto& [at, bytes, written] : state.pending) {
+    for (size_t i = 0; i < bytes; ++i)
+      if (at[i] != 0xff) fail("a block writes before it has waited for the launch before it", 0);
+    std::memcpy(at, written.data(), bytes);
+  }
+  return state.waited = true;
 }
 
 // Do it now, or leave it to the thread's next wait.
@@ -188,7 +271,7 @@ inline void resume(int t) {
   state.current = t, state.rank = t / state.count, state.shared = state.blocks[state.rank].shared;
   void* fake = nullptr;
   start_switch(&fake, state.threads[t].stack.get(), STACK_BYTES);
-  swapcontext(&state.scheduler, &state.threads[t].context);
+  go(state.scheduler, state.threads[t].place);
   finish_switch(fake, false);
 }
 
@@ -220,11 +303,9 @@ inline void run_cluster() {
     const unsigned x = state.block_dim.x, y = state.block_dim.y, i = t % state.count;
     thread.index = {i % x, i / x % y, i / (x * y)};
     thread.state = Thread::RUNS;
-    getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.get();
-    thread.context.uc_stack.ss_size = STACK_BYTES;
-    makecontext(&thread.context, thread_main, 0);
+    start_at(thread.place, thread.stack.get(), STACK_BYTES, thread_main);
   }
+  if (state.dependent) begin_before_previous();
   for (bool progress = true; progress;) {
     progress = false;
     for (int i = 0, warps = (n + WARP - 1) / WARP; i < warps; ++i) {
@@ -243,23 +324,26 @@ inline void run_cluster() {
       if (state.threads[t].state == Thread::POLLS) state.threads[t].state = Thread::RUNS;
       progress |= state.threads[t].state == Thread::RUNS;
     }
+    progress |= !progress && end_previous();
   }
   for (int t = 0; t < n; ++t) {
     if (state.threads[t].state == Thread::ENDED) continue;
     state.current = t;
     fail("deadlock: a barrier or a collective that not all threads reach", state.self().line);
   }
+  if (state.dependent && !state.waited) fail("a block ends before it has waited for the launch before it", 0);
 }
 
 inline cudaError_t launch(
-    const std::function<void()>& body, dim3 grid, unsigned cluster, dim3 block, size_t shared, cudaStream_t stream) {
+    const std::function<void()>& body, dim3 grid, unsigned cluster, dim3 block, size_t shared, cudaStream_t stream,
+    bool dependent) {
   auto& s = state;
   if (stream != CALLERS_STREAM) return cudaErrorInvalidValue;
   s.count = int(block.x * block.y * block.z), s.cluster = int(cluster);
   if (s.count < 1 || s.count > MAX_THREADS || !grid.x || !grid.y || !grid.z) return cudaErrorInvalidValue;
   if (s.cluster < 1 || s.cluster > MAX_CLUSTER || grid.x % cluster) return cudaErrorInvalidValue;
   if (s.cluster > 1 && s.count % WARP) return cudaErrorInvalidValue;  // threads of a warp are 32 in a row
-  s.body = &body, s.block_dim = block, s.grid_dim = grid;
+  s.dependent = dependent, s.body = &body, s.block_dim = block, s.grid_dim = grid;
   const uint64_t clusters = uint64_t(grid.x) * grid.y * grid.z / cluster;
   const uint64_t first = s.first_block / cluster, last = std::min(s.last_block / cluster, clusters - 1);
   for (uint64_t i = first; i <= last; ++i) {
@@ -275,6 +359,12 @@ inline cudaError_t launch(
     for (unsigned rank = 0; rank < cluster; ++rank) std::free(s.blocks[rank].shared);
   }
   return cudaSuccess;
+}
+
+inline void after_previous() {
+  if (!state.dependent) return;
+  state.self().state = Thread::AFTER_PREVIOUS;
+  yield();
 }
 
 // A step that a warp takes together, for shuffles, votes and matrix fragments. Each lane of `mask` brings an In and
@@ -336,6 +426,13 @@ extern "C" {
 __attribute__((used)) inline void host_order(unsigned order) { host::state.order = order, host::state.random = order; }
 
 __attribute__((used)) inline void host_late(int on) { host::state.late = on; }
+
+// Of the next dependent launches: memory that the launch before writes, of which no part is named twice.
+__attribute__((used)) inline void host_pending(void* at, uint64_t bytes) {
+  host::state.pending.push_back({static_cast<unsigned char*>(at), bytes, {}});
+}
+
+__attribute__((used)) inline void host_forget() { host::state.pending.clear(); }
 
 // Run only these blocks of the next grids, x counting fastest: those far out in a tensor that is too large to test.
 __attribute__((used)) inline void host_blocks(uint64_t first, uint64_t last) {

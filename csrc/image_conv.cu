@@ -106,6 +106,7 @@ __global__ void __launch_bounds__(THREADS, blocks_an_sm(MODE)) image_conv_kernel
   const int begin = blockIdx.y * BLOCK_CHANNELS, first = begin + warp % COLUMNS * WARP_CHANNELS;
   const int channel = first + 8 * t;
   const bool here = channel < a.channels;
+  after_previous();
   Weights<T, C> weights;
   weights.load(a.w, first, a.channels);
   const int64_t total = a.images * 4 * a.boxes.height * a.boxes.width * C, per_group = a.images / a.groups;
@@ -175,7 +176,7 @@ __global__ void __launch_bounds__(THREADS, blocks_an_sm(MODE)) image_conv_kernel
 }
 
 template <class T, int C>
-cudaError_t run(const Arguments<T>& a, cudaStream_t stream) {
+cudaError_t run(const Arguments<T>& a, Stream stream) {
   const Mode mode = !a.saved ? ACTIVATION : a.state ? BATCH_NORM_GRAD : ACTIVATION_GRAD;
   const dim3 grid(resident_blocks(a.boxes.count, blocks_an_sm(mode)), cdiv(a.channels, BLOCK_CHANNELS));
   const auto kernel = mode == ACTIVATION        ? image_conv_kernel<T, C, ACTIVATION>
@@ -187,7 +188,7 @@ cudaError_t run(const Arguments<T>& a, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t image_conv(
-    cudaStream_t stream, const void* x, const void* w, void* y, Maybe<const void> saved, Maybe<const float> state,
+    Stream stream, const void* x, const void* w, void* y, Maybe<const void> saved, Maybe<const float> state,
     Maybe<float> values, int64_t dtype, int64_t images, int64_t groups, int64_t height, int64_t width,
     int64_t image_channels, int64_t channels, int64_t tanh, double slope) {
   return by_dtype(dtype, [&]<class T>() {

@@ -145,6 +145,7 @@ __global__ void __launch_bounds__(THREADS, BOUND) image_conv_transpose_kernel(Ar
   T* const weights = reinterpret_cast<T*>(memory + P::Z_BYTES);
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
   const int height = a.boxes.height, width = a.boxes.width;
+  after_previous();
   stage_weights<T, C>(weights, a.w, a.channels);
 
   for (int64_t index = blockIdx.x; index < a.boxes.count; index += gridDim.x) {
@@ -213,7 +214,7 @@ __global__ void __launch_bounds__(THREADS, BOUND) image_conv_transpose_kernel(Ar
 }  // namespace
 
 cudaError_t image_conv_transpose(
-    cudaStream_t stream, const void* x, const void* w, void* y, Maybe<const void> saved, int64_t dtype, int64_t images,
+    Stream stream, const void* x, const void* w, void* y, Maybe<const void> saved, int64_t dtype, int64_t images,
     int64_t height, int64_t width, int64_t image_channels, int64_t channels, int64_t tanh, double slope) {
   return by_dtype(dtype, [&]<class T>() {
     return by_image_channels(image_channels, [&]<int C>() {

@@ -88,6 +88,7 @@ __global__ void __launch_bounds__(THREADS, blocks_an_sm(C)) image_wgrad_kernel(A
   const int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
   const int begin = blockIdx.y * BLOCK_CHANNELS, left = a.channels - begin;
   const int64_t elements = a.images * 4 * a.boxes.height * a.boxes.width * C;
+  after_previous();
 
   float acc[C][8][4] = {};
   for (int64_t index = blockIdx.x; index < a.boxes.count; index += gridDim.x) {
@@ -121,7 +122,7 @@ __global__ void __launch_bounds__(THREADS, blocks_an_sm(C)) image_wgrad_kernel(A
 }  // namespace
 
 cudaError_t image_wgrad(
-    cudaStream_t stream, const void* low, const void* high, float* shares, int64_t dtype, int64_t images,
+    Stream stream, const void* low, const void* high, float* shares, int64_t dtype, int64_t images,
     int64_t height, int64_t width, int64_t image_channels, int64_t channels, int64_t split) {
   const Boxes boxes = image_boxes(images, height, width);
   return by_dtype(dtype, [&]<class T>() {

@@ -12,6 +12,7 @@ constexpr int SUMMED = 32, PARTS = 8;  // elements of a block, and warps that sh
 // Accumulates in fp32, in an order that `split` alone decides.
 // Beats float atomics, whose order differs from run to run.
 __global__ void sum_shares_kernel(const float* shares, float* out, int64_t size, int64_t split) {
+  after_previous();
   __shared__ float sums[PARTS][SUMMED];
   const int lane = threadIdx.x % SUMMED, part = threadIdx.x / SUMMED;
   const int64_t i = int64_t(blockIdx.x) * SUMMED + lane;
@@ -29,7 +30,7 @@ __global__ void sum_shares_kernel(const float* shares, float* out, int64_t size,
 
 }  // namespace
 
-cudaError_t sum_shares(cudaStream_t stream, const float* shares, float* gradient, int64_t size, int64_t split) {
+cudaError_t sum_shares(Stream stream, const float* shares, float* gradient, int64_t size, int64_t split) {
   const auto blocks = unsigned(cdiv<int64_t>(size, SUMMED));
   return launch(sum_shares_kernel, blocks, PARTS * SUMMED, 0, stream, shares, gradient, size, split);
 }

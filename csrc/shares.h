@@ -6,5 +6,5 @@
 extern "C" {
 
 // gradient (size) = Σ_s shares (split, size)
-cudaError_t sum_shares(cudaStream_t stream, const float* shares, float* gradient, int64_t size, int64_t split);
+cudaError_t sum_shares(Stream stream, const float* shares, float* gradient, int64_t size, int64_t split);
 }

@@ -73,6 +73,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   }
   if (a.cluster > 1) cluster_arrive<true>(), cluster_wait();
   else __syncthreads();
+  after_previous();
 
   int stage = 0, parity = 0;
   if (warp >= WARPS) {
@@ -165,7 +166,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 template <class T, int COLUMNS>
 cudaError_t run(
-    cudaStream_t stream, const void* low, const void* high, Arguments a, int64_t images, int64_t height,
+    Stream stream, const void* low, const void* high, Arguments a, int64_t images, int64_t height,
     int64_t width) {
   using P = Plan<COLUMNS>;
   const int wide = 1 << a.log_width, tall = 1 << a.log_height, box_images = BOX_PIXELS / (wide * tall);
@@ -190,7 +191,7 @@ cudaError_t run(
 }  // namespace
 
 cudaError_t wgrad_sm90(
-    cudaStream_t stream, const void* low, const void* high, float* shares, int64_t dtype, int64_t images,
+    Stream stream, const void* low, const void* high, float* shares, int64_t dtype, int64_t images,
     int64_t height, int64_t width, int64_t low_channels, int64_t high_channels, int64_t box_height, int64_t box_width,
     int64_t columns, int64_t cluster, int64_t split) {
   const int64_t box_images = BOX_PIXELS / (box_height * box_width);

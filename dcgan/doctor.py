@@ -41,7 +41,7 @@ def machine(device: torch.device) -> list[tuple[str, str]]:
         gib = properties.total_memory / 2**30
         lines.append(("device", f"{properties.name}, compute capability {capability}, {gib:.0f} GiB"))
         table, why = tuning.load(properties.name)
-        sections = (table.ops, table.tiles, table.inputs) if table else ()
+        sections = (table.ops, table.tiles, table.inputs, table.launch) if table else ()
         measured = sum(len(entries) for section in sections for entries in section.values())
         lines.append(("tuned table", f"{measured} entries" if table else why))
     else:
@@ -64,9 +64,14 @@ def ops(preset: Preset, device: torch.device, dtype: torch.dtype) -> Iterator[Ro
 
 
 def fused_step(preset: Preset, device: torch.device, dtype: torch.dtype) -> Iterator[Row]:
-    """What `--fused` runs for each layer: on a CPU one way for all its products; on a GPU a tile for each of them, and
-    whether they apply the batch norm of their input in the load (`deferred`) or find it applied."""
+    """What `--fused` runs for each layer: on a CPU one way for all its products; on a GPU a tile for each of them,
+    whether they apply the batch norm of their input in the load (`deferred`) or find it applied, and how all launches
+    follow each other."""
     arch = preset.arch
+    if device.type == "cuda":
+        precision = tuning.precision_of(dtype, torch.backends.cudnn.allow_tf32)
+        ask, why = tuning.dependent(tuning.device_name(device), precision, preset.batch_size)
+        yield "all", "launches", tuning.LAUNCHES[ask], why
     for layers, images in ((arch.generator, preset.batch_size), (arch.discriminator, 2 * preset.batch_size)):
         for before, layer in zip((None, *layers), layers, strict=False):
             if device.type != "cuda":

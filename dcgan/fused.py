@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from dcgan import cpu_stacks, stacks
 from dcgan.step import AUTOCAST_DTYPE, Precision, Update
+from kernels import tuning
+from kernels.dependent import dependent_launches
 from kernels.launchers import launchers
 from kernels.pool import Pool
 
@@ -37,9 +39,15 @@ class FusedStep:
         launch: the launchers that the stacks run over, of `kernels.launchers`; where None `auto`'s on a GPU, and on a
             CPU the products of `kernels.products`.
 
+    Attributes:
+        dependent: whether kernels are launched as `kernels.dependent` has it; None, the default, as is fastest in the
+            device's tuned table, and not without one. A captured graph keeps what it was captured with.
+
     Raises:
         ValueError: a precision, an update or an option of the optimiser that is not served.
     """
+
+    dependent: bool | None = None
 
     def __init__(
         self,
@@ -58,7 +66,7 @@ class FusedStep:
         if precision not in SERVED[device.type] and launch is None:
             accepted = ", ".join(SERVED[device.type])
             raise ValueError(f"precision {precision!r}: the fused step on {device.type} accepts {accepted}")
-        self.update, self.optimizer_g, self.optimizer_d = update, optimizer_g, optimizer_d
+        self.update, self.optimizer_g, self.optimizer_d, self.precision = update, optimizer_g, optimizer_d, precision
         self.dtype = AUTOCAST_DTYPE.get(precision, parameter.dtype)
         self.pool, self.loss_scale = Pool(device), None
         if launch is None and device.type == "cpu":
@@ -121,6 +129,13 @@ class FusedStep:
     @torch.no_grad()
     def run(self, real: Tensor, z: Tensor) -> Tensor:
         """The device's part of a call: what a CUDA graph captures."""
+        ask = self.dependent
+        if ask is None:
+            ask, _ = tuning.dependent(tuning.device_name(self.pool.device), self.precision, len(real))
+        with dependent_launches(ask):
+            return self._run(real, z)
+
+    def _run(self, real: Tensor, z: Tensor) -> Tensor:
         n = real.shape[0]
         images = self._images(n)
         if real.data_ptr() != images.data_ptr():

@@ -5,15 +5,17 @@
     {"device": "NVIDIA H200", "record": "bench/results/…", "torch": …, "triton": …, "kernels_hash": …,
      "ops":   {"conv_bn_act": {"64x128@32": {"bf16": {"128": "triton", "1024": "library"}}}},
      "tiles": {"conv": {"64x128@32": {"bf16": {"256": {"recipe": "triton", "tile": {…}, "us": …}}}}},
-     "inputs": {"conv": {"128x256@16": {"bf16": {"256": "applied"}}}}}
+     "inputs": {"conv": {"128x256@16": {"bf16": {"256": "applied"}}}},
+     "launch": {"step": {"any": {"bf16": {"128": "dependent", "1024": "plain"}}}}}
 
 "ops" has the public ops, by layer (IN x OUT @ IN_SIZE; `any` for an op without one), precision and images; "tiles" the
 kernels conv, conv_transpose and wgrad, by their own channels and input size (wgrad: LOW x HIGH @ low size), with a tile
 of Triton's or of the extension's where the recipe has one; "inputs" the layers whose input has a batch norm, `applied`
 by a launch of its own or `deferred` to the loads of those who read it: the forward pass and the weight gradient, or,
-under `conv_forward`, the forward pass alone. A lookup takes the nearest measured shape: the layer itself or one of at
-most `NEAR` times its channels and size, and of that the nearest number of images, at most `NEAR_IMAGES` times as many
-or as few. A file that is no such table, or another device's, is warned of once and not used.
+under `conv_forward`, the forward pass alone; "launch" whether a captured step's kernels had better be launched
+`dependent` (`kernels.dependent`) or `plain`, by its images. A lookup takes the nearest measured shape: the layer itself
+or one of at most `NEAR` times its channels and size, and of that the nearest number of images, at most `NEAR_IMAGES`
+times as many or as few. A file that is no such table, or another device's, is warned of once and not used.
 """
 
 import functools
@@ -34,6 +36,7 @@ from kernels.geometry import CudaConfig, Layer
 FOLDER = Path(__file__).parent / "tuned"
 RECIPES = ("triton", "cuda", "library", "eager")
 INPUTS = ("applied", "deferred")
+LAUNCHES = ("plain", "dependent")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 CONFIGS = {"conv": ConvConfig, "conv_transpose": ConvConfig, "wgrad": WgradConfig}
 """Of Triton's tiles; the extension's are `CudaConfig`, or none where it has one for a shape alone."""
@@ -68,6 +71,7 @@ class Table:
     ops: dict[tuple[str, str], tuple[Entry, ...]]
     tiles: dict[tuple[str, str], tuple[Entry, ...]]
     inputs: dict[tuple[str, str], tuple[Entry, ...]]
+    launch: dict[tuple[str, str], tuple[Entry, ...]]
 
 
 class Found(NamedTuple):
@@ -125,6 +129,7 @@ def parse(data: Any, name: str) -> Table:
         _entries(data.get("ops", {}), lambda where, op, value: (_recipe(where, value), None)),
         _entries(data.get("tiles", {}), _tiled),
         _entries(data.get("inputs", {}), lambda where, kind, value: (_recipe(where, value, INPUTS), None)),
+        _entries(data.get("launch", {}), lambda where, step, value: (_recipe(where, value, LAUNCHES), None)),
     )
 
 
@@ -287,7 +292,18 @@ def deferred(name: str | None, layer: Layer, precision: str, images: int, weight
     return onto_an_image, f"the default: {why}"
 
 
+@functools.lru_cache(maxsize=4096)
+def dependent(name: str | None, precision: str, images: int) -> tuple[bool, str]:
+    """Whether a captured step of `images` had better launch its kernels as `kernels.dependent` has it, and why; `name`
+    is the device's, None for what is no GPU."""
+    table = load(name)[0] if name else None
+    entry = nearest(table.launch.get(("step", precision), ()), (), images) if table else None
+    if entry is None:
+        return False, "the default: not measured on this device"
+    return entry.recipe == "dependent", f"fastest at {entry}"
+
+
 def forget() -> None:
     """Read the tables again at the next lookup, after one was written."""
-    for cached in (device_name, load, recipe, tile, deferred):
+    for cached in (device_name, load, recipe, tile, deferred, dependent):
         cached.cache_clear()

@@ -19,13 +19,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kernels import dependent
 from kernels._cuda import launch as launch_module
 
 CSRC = Path(__file__).parent.parent / "csrc"
 FLAGS = "-std=c++20 -DDCGAN_HOST -fPIC -shared -fno-strict-aliasing -fno-gnu-unique -Wno-unknown-pragmas -O1".split()
 SANITIZE = "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined".split()
 LOADED = []
-STREAM = ctypes.c_void_p(1)  # CALLERS_STREAM of csrc/host.h
+
+
+class Stream(ctypes.Structure):
+    """`Stream` of csrc/common.h."""
+
+    _fields_ = (("at", ctypes.c_void_p), ("dependent", ctypes.c_bool))
+
+
+STREAM = Stream(1, False)  # CALLERS_STREAM of csrc/host.h
 TYPES = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}
 
 
@@ -49,14 +58,14 @@ def prototypes():
     found = {}
     for header in sorted(CSRC.glob("*.h")):
         for name, arguments in re.findall(r"^cudaError_t (\w+)\(([^)]*)\);", header.read_text(), re.M):
-            kinds = [argument.split()[0] for argument in arguments.split(",")]
-            found[name] = [TYPES.get(kind, ctypes.c_void_p) for kind in kinds]
+            _, *kinds = [argument.split()[0] for argument in arguments.split(",")]
+            found[name] = [Stream, *(TYPES.get(kind, ctypes.c_void_p) for kind in kinds)]
     return found
 
 
 def source_of(function):
     """The .cu that defines a launch function."""
-    pattern = re.compile(rf"\bcudaError_t {function}\(\s*cudaStream_t")
+    pattern = re.compile(rf"\bcudaError_t {function}\(\s*Stream")
     return next(path for path in sorted(CSRC.glob("*.cu")) if pattern.search(path.read_text()))
 
 
@@ -67,6 +76,7 @@ def load(path):
         with contextlib.suppress(AttributeError):  # another source's
             getattr(loaded, name).argtypes = types
     loaded.host_blocks.argtypes = [ctypes.c_uint64] * 2
+    loaded.host_pending.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
     LOADED.append(loaded)
     return loaded
 
@@ -82,11 +92,32 @@ def library(source):
         return load(out)
 
 
-def call(op, *arguments, source=None):
-    """An op of the extension on CPU tensors; `source` is a library to take the place of csrc's own."""
+def call(op, *arguments, source=None, pending=()):
+    """An op of the extension on CPU tensors.
+
+    Args:
+        source: a library to take the place of csrc's own.
+        pending: tensors that a dependent launch reaches beside its arguments, which the one before writes too.
+    """
     passed = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
-    error = getattr(source or library(source_of(op)), op)(STREAM, *passed)
+    loaded, early = source or library(source_of(op)), dependent.asked()
+    for at, size in memory_of((*arguments, *pending)) if early else ():
+        loaded.host_pending(at, size)
+    error = getattr(loaded, op)(Stream(STREAM.at, early), *passed)
+    loaded.host_forget()
     assert error == 0, f"{op}: error {error}"
+
+
+def memory_of(arguments):
+    """Address and bytes of the tensors among `arguments`, no byte twice."""
+    found = []
+    spans = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in arguments if isinstance(t, torch.Tensor)]
+    for begin, end in sorted(spans):
+        if found and begin < found[-1][1]:
+            found[-1][1] = max(end, found[-1][1])
+        else:
+            found.append([begin, end])
+    return [(begin, end - begin) for begin, end in found]
 
 
 @contextlib.contextmanager

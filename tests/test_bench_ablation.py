@@ -53,6 +53,7 @@ MORE = {
     "batched": {"conv": 2 * 3, "conv_transpose": 2 * 2, "wgrad": 2 * 3, "apply": 2, "apply_grad": 2 * 2,
                 "head": 2, "head_grad": 2},
     "frozen": {"wgrad": 2 * 3},
+    "dependent": {},
 }  # fmt: skip
 
 

@@ -46,7 +46,8 @@ def test_on_a_gpu_it_has_the_ablation_then_batches_sizes_and_widths(tmp_path, mo
     monkeypatch.setattr(ahead, "compile_steps", lambda bench, stage, jobs: compiled.extend(jobs))
     bench.summary["b128"] = {}
     steps.step(bench, 1e3)
-    whole = ["fused+bf16+graph", *(f"fused+bf16+graph-{part}" for part in ("graph", *without.OFF))]
+    parts = ["graph", *(part for part in without.OFF if part != "dependent")]
+    whole = ["fused+bf16+graph", *(f"fused+bf16+graph-{part}" for part in parts)]
     three = ["example", "example+bf16+channels_last+frozen+graph", "fused+bf16+graph"]
     assert ran == [
         ("ablation", 128, 64, 64, whole), ("ablation", 1024, 64, 64, whole), ("sampling",),
@@ -55,10 +56,29 @@ def test_on_a_gpu_it_has_the_ablation_then_batches_sizes_and_widths(tmp_path, mo
         ("tutorial", 9),
     ]  # fmt: skip
     assert [(row["name"], row["why"]) for row in rows] == [("b128", "measured in the stage peers")]
-    assert (Arch(ngf=256, ndf=256), 128, "bf16", "") in compiled and (Arch(), 1024, "bf16", "merge") in compiled
+    whole = Rung("bf16", ours="fused", graph=True)
+    assert (Arch(ngf=256, ndf=256), 128, whole) in compiled and (Arch(), 1024, replace(whole, off="merge")) in compiled
     steps.step(bench, -1.0)
     assert [row["name"] for row in rows[2:]][-3:] == ["256px/f64/b128", "64px/f256/b128", "tutorial"]
     assert all("no time left" in row["why"] for row in rows[2:])
+
+
+def test_parts_are_taken_from_dependent_launches_where_these_were_the_faster_ones(tmp_path):
+    bench, _ = bench_of(tmp_path)
+    bench.summary["b128"] = {"ours": "fused+bf16+graph+dependent"}
+    whole, *parts = steps.ablated(bench, 128)
+    assert whole.dependent and [part.off for part in parts] == list(without.PARTS)
+    assert not any(rung.dependent or rung.off == "dependent" for rung in steps.ablated(bench, 1024))
+    step = FusedStep.__new__(FusedStep)
+    step.dependent = True
+    without.OFF["dependent"](step)
+    assert step.dependent is False
+
+
+def test_kernels_of_a_dependent_step_are_compiled_apart():
+    plain, early = (ahead.step_launches((ARCH, 4, Rung("bf16", ours="fused", dependent=on))) for on in (False, True))
+    assert len(plain) == len(early) and not {*map(ahead.specialised, plain)} & {*map(ahead.specialised, early)}
+    assert all(launch.options["launch_pdl"] and launch.arguments["DEPENDENT"] for launch in early)
 
 
 def test_the_suite_asks_for_all_of_that_on_a_gpu_and_for_none_in_a_quick_run(monkeypatch):
@@ -109,12 +129,12 @@ def test_every_part_that_is_off_stands_beside_the_whole(tmp_path, monkeypatch):
     steps.ablation(bench, 4, 1.0)
     timed = Timed({rung.name: [1.0 + i] * 4 for i, rung in enumerate(rungs)})
     gains = [Group(bench, "step", 4, "ablation").figures(rung, timed).get("gain") for rung in rungs]
-    assert gains == [None, *(2.0 + i for i in range(len(without.PARTS)))]
+    assert gains == [None, *(2.0 + i for i in range(len(without.PARTS) - 1))], "all but dependent launch"
 
 
 def test_without_the_graph_it_is_launched():
     state = ladder.weights(ARCH)
-    runner = ladder.build(replace(steps.WHOLE, off="graph"), ARCH, state, CPU, 2)
+    runner = ladder.build(Rung("bf16", ours="fused", graph=True, off="graph"), ARCH, state, CPU, 2)
     assert isinstance(runner.step, FusedStep)
 
 
@@ -175,7 +195,8 @@ def test_folding_batch_norm_would_be_noticed():
 
 
 def test_the_shares_of_the_workers_are_all_kernels_of_the_steps_once():
-    jobs = ((ARCH, 4, "bf16", ""), (ARCH, 4, "fp32", ""), (ARCH, 4, "bf16", "merge"))
+    ours = (Rung(name, ours="fused", off=off) for name, off in (("bf16", ""), ("fp32", ""), ("bf16", "merge")))
+    jobs = tuple((ARCH, 4, rung) for rung in ours)
     alone = {ahead.specialised(launch) for job in jobs for launch in ahead.step_launches(job)}
     shares = [[ahead.specialised(launch) for launch in ahead.share(jobs, None, k, 3)] for k in range(3)]
     assert sorted(map(str, sum(shares, []))) == sorted(map(str, alone)) and min(map(len, shares)) > 3
@@ -186,7 +207,7 @@ def test_the_shares_of_the_workers_are_all_kernels_of_the_steps_once():
 def test_without_a_gpu_nothing_is_compiled_ahead(tmp_path, monkeypatch):
     bench, rows = bench_of(tmp_path)
     monkeypatch.setattr(ahead.precompile, "Compiler", None)
-    ahead.compile_steps(bench, "step", [(ARCH, 4, "bf16", "")])
+    ahead.compile_steps(bench, "step", [(ARCH, 4, Rung("bf16", ours="fused"))])
     assert rows == []
 
 

@@ -198,6 +198,8 @@ def test_a_candidate_that_ended_the_process_is_not_run_again(tmp_path):
 
 
 class FakeCompiler:
+    workers = 2
+
     def __init__(self, results):
         self.results = results
 
@@ -347,6 +349,50 @@ def test_ops_are_decided_on_the_tiles_just_found(tmp_path):
     assert before == tuning.FOLDER and tuning.tile("NVIDIA Test 1", "conv", (64, 128, 32), "bf16", 256) is None
 
 
+# How a step is launched
+
+
+def stands_in(monkeypatch, times_us, wrong=()):
+    """The tuner's steps on a CPU: built without a graph, their times given, those of `wrong` ways found wrong."""
+    build, names = tune.ladder.build, {False: "plain", True: "dependent"}
+    built = []
+
+    def launched(rung, *arguments):
+        built.append(rung)
+        if names[rung.dependent] in wrong:
+            raise RuntimeError("CUDA error: of that way\nmore")
+        return build(replace(rung, graph=False), *arguments)
+
+    monkeypatch.setattr(tune.ladder, "unavailable", lambda *_: None)
+    monkeypatch.setattr(tune.ladder, "build", launched)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    timed = SimpleNamespace(p50_ms=lambda way: times_us[way] / 1e3)
+    monkeypatch.setattr(tune, "interleave", lambda calls, *_: timed if set(calls) <= set(times_us) else None)
+    return built
+
+
+def test_the_faster_way_to_launch_a_step_is_stored_and_read_back(tmp_path, monkeypatch):
+    small = Arch(image_size=16, nz=8, ngf=8, ndf=8)
+    wanted = choices.steps(small, [4, 2, 4], "fp32")
+    assert [steps.name for steps in wanted] == ["launch/step/fp32/b4", "launch/step/fp32/b2"]
+    assert choices.steps(small, [4], "fp16") == [], "no rung of the ladder"
+    ahead = []
+    compiler = SimpleNamespace(workers=2, compile=lambda *work: ahead.append(work))
+    tuner, said = tuner_of(tmp_path, compiler, monkeypatch)
+    built = stands_in(monkeypatch, {"plain": 100.0, "dependent": 99.0})
+    assert tuner.launches(wanted[:1]) == 0 and [rung.dependent for rung in built] == [False, True]
+    ((share, (first, second)),) = ahead
+    assert share is tune.ahead.share_of_table and first[:3] == second[:3]
+    assert [rung.dependent for _, _, rung in first[1]] == [False, True] and first[2:] == (HEADER["device"], 0, 2)
+    stands_in(monkeypatch, {"plain": 50.0, "dependent": 50.0})
+    assert tuner.launches(wanted) == 0 and said[1].endswith("; plain"), "the first is known, the second is a draw"
+    read = tuning.parse(tuner.table.data | {"device": "GPU"}, "GPU").launch["step", "fp32"]
+    assert [(entry.images, entry.recipe) for entry in read] == [(4, "dependent"), (2, "plain")]
+    tuner.again = True
+    stands_in(monkeypatch, {"plain": 50.0}, wrong=("dependent",))
+    assert tuner.launches(wanted[:1]) == 0 and "of that way" in said[2] and said[3].endswith("plain 50.0 µs; plain")
+
+
 # The command
 
 
@@ -371,7 +417,7 @@ def test_a_dry_run_names_the_candidates_and_compiles_nothing(monkeypatch, capsys
         (("--batch", "0"), "--batch 0"),
         (("--minutes", "0"), "--minutes 0"),
         (("--only", "("), "no regular expression"),
-        (("--only", "nothing of the kind", "--dry-run"), "no shape, input or op"),
+        (("--only", "nothing of the kind", "--dry-run"), "no shape, input, op or step"),
         ((), "no GPU here"),
     ],
 )

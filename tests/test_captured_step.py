@@ -10,6 +10,7 @@ from dcgan.fused import FusedStep
 from dcgan.loop import Loop
 from dcgan.model import Discriminator, Generator
 from dcgan.step import METRICS, ReferenceStep, adam
+from kernels.dependent import CAPABILITY
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 ARCH = Arch(image_size=32, nz=16, ngf=32, ndf=32)
@@ -57,6 +58,19 @@ def test_replayed_steps_are_the_launched_ones_bit_for_bit(precision):
     captured, launched = Run(True, precision).steps(0, 12), Run(False, precision).steps(0, 12)
     assert sorted(captured.loop.graphs) == [6, 8] and None not in captured.loop.graphs.values() and not captured.said
     assert_same(captured, launched)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < CAPABILITY, reason="needs capability 9.0"
+)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("graph", [True, False], ids=["captured", "launched"])
+def test_kernels_that_begin_early_compute_the_same_bits(precision, graph):
+    """Many steps, as a wait that is missing would not show in each."""
+    early, plain = Run(graph, precision), Run(False, precision)
+    early.update.dependent, plain.update.dependent = True, False
+    assert_same(early.steps(0, 60), plain.steps(0, 60))
+    assert not early.said
 
 
 def test_the_reference_step_can_be_captured_too():

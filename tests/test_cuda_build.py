@@ -305,4 +305,4 @@ def test_built_by_nvcc_it_loads_into_this_torch(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     printed = python(package(tmp_path), WITH).stdout
     assert "dcgan_cuda::bn_apply(Tensor y, Tensor state, Tensor(c!) out, int dtype, int rows, int groups, " in printed
-    assert "Tensor(e!)? running_mean" in printed and "float momentum) -> ()" in printed
+    assert "Tensor(e!)? running_mean" in printed and "float momentum, bool dependent=False) -> ()" in printed

@@ -40,6 +40,18 @@ __global__ void apart(int* out) {
   else *out = __shfl_sync(0xffffffffu, 2, 0);
 }
 
+// x += 1; `wait`: 0 never, 1 between reading and writing, 2 after writing, 3 before both
+__global__ void add_one(int* x, int wait) {
+  int* const at = x + blockIdx.x * 64 + threadIdx.x;
+  if (wait == 3) after_previous();
+  const int old = *at;
+  if (wait == 1) after_previous();
+  *at = old + 1;
+  if (wait == 2) after_previous();
+}
+
+const Stream ON_CALLERS{CALLERS_STREAM, false}, EARLY{CALLERS_STREAM, true};
+
 extern "C" {
 void to_floats(const uint16_t* bits, float* halves, float* bfloats, int n) {
   for (int i = 0; i < n; ++i) halves[i] = to_float(__half{bits[i]}), bfloats[i] = to_float(__nv_bfloat16{bits[i]});
@@ -48,17 +60,23 @@ void from_floats(const float* x, uint16_t* halves, uint16_t* bfloats, int n) {
   for (int i = 0; i < n; ++i)
     halves[i] = from_float<__half>(x[i]).bits, bfloats[i] = from_float<__nv_bfloat16>(x[i]).bits;
 }
-int run_shuffles(const int* in, int* out) { return launch(shuffles, 1, 64, 0, CALLERS_STREAM, in, out); }
+int run_shuffles(const int* in, int* out) { return launch(shuffles, 1, 64, 0, ON_CALLERS, in, out); }
 int run_reverse(const int* in, int* out, int barrier) {
-  return launch(reverse, 3, 64, 0, CALLERS_STREAM, in, out, barrier != 0);
+  return launch(reverse, 3, 64, 0, ON_CALLERS, in, out, barrier != 0);
 }
-int run_skipped() { return launch(skipped, 1, 64, 0, CALLERS_STREAM); }
+int run_skipped() { return launch(skipped, 1, 64, 0, ON_CALLERS); }
 int run_apart() {
   int out;
-  return launch(apart, 1, 32, 0, CALLERS_STREAM, &out);
+  return launch(apart, 1, 32, 0, ON_CALLERS, &out);
 }
-int run_elsewhere() { return launch(skipped, 1, 1, 0, nullptr); }
-int run_nothing() { return launch(skipped, dim3(0), 64, 0, CALLERS_STREAM); }
+int run_elsewhere() { return launch(skipped, 1, 1, 0, Stream{nullptr, false}); }
+int run_add_one(int* x, int wait) {
+  host_pending(x, 3 * 64 * sizeof(int));
+  return launch(add_one, 3, 64, 0, EARLY, x, wait);
+}
+int run_early() { static int x[3 * 64]; return run_add_one(x, 0); }
+int run_overwriting() { static int x[3 * 64]; return run_add_one(x, 2); }
+int run_nothing() { return launch(skipped, dim3(0), 64, 0, ON_CALLERS); }
 }
 """
 
@@ -134,12 +152,24 @@ def test_an_empty_grid_and_a_launch_on_another_stream_than_the_callers_are_refus
 
 @pytest.mark.parametrize(
     "function, message",
-    [("run_skipped", "deadlock: a barrier or a collective"), ("run_apart", "different collectives")],
+    [
+        ("run_skipped", "deadlock: a barrier or a collective"),
+        ("run_apart", "different collectives"),
+        ("run_early", "ends before it has waited for the launch before it"),
+        ("run_overwriting", "writes before it has waited for the launch before it"),
+    ],
 )
 def test_what_can_never_go_on_ends_the_process(made, function, message):
     code = f"import ctypes; ctypes.CDLL({str(made)!r}).{function}()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode < 0 and message in done.stderr
+
+
+def test_what_is_read_before_the_launch_before_has_ended_is_not_there(program):
+    right, wrong = torch.arange(192, dtype=torch.int32), torch.arange(192, dtype=torch.int32)
+    assert program.run_add_one(pointer(right), 3) == program.run_add_one(pointer(wrong), 1) == 0
+    assert torch.equal(right, torch.arange(1, 193)) and not wrong.any()  # −1, all bits set, plus one
+    program.host_forget()
 
 
 def test_a_race_planted_in_our_kernels_is_caught(tmp_path):

@@ -14,7 +14,16 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from bench.resources import Case, Resources, compile_launch, distinct, faults, signature, step_cases
+from bench.resources import (
+    Case,
+    Resources,
+    compile_launch,
+    distinct,
+    early_accesses,
+    faults,
+    signature,
+    step_cases,
+)
 from dcgan.arch import PRESETS
 from dcgan.errors import run_command
 from kernels._triton.config import SHARED_LIMIT_BYTES, ConvConfig, conv_config, wgrad_config
@@ -38,8 +47,8 @@ def test_a_sample_of_the_step_ships_on_sm90():
     seen = {}
     for case in step_cases(ARCH, 128, 90):
         if case.name in SAMPLE and case.name not in seen:
-            found = compile_launch(case.launch, 90)
-            assert not faults(case, found, 90), (case.name, found)
+            found = compile_launch(replace(case.launch, dependent=True), 90)
+            assert not faults(case, found, 90) and found.early == 0, (case.name, found)
             seen[case.name] = found
     assert set(seen) == set(SAMPLE)
     gemms = [found for name, found in seen.items() if "merge" not in name]
@@ -95,6 +104,16 @@ def test_too_much_shared_memory_and_missing_instructions_are_found():
     assert faults(case, replace(good, tma=0), 90) == ["does not load by TMA"]
     assert faults(case, replace(good, tma=0), 80) == []
     assert faults(replace(case, matrix=False), replace(good, matrix=0, tma=0), 90) == []
+    assert "touches memory 3 times before it has waited" in faults(case, replace(good, early=3), 90)[0]
+
+
+def test_an_access_before_the_wait_is_counted():
+    wait, begin, load = "griddepcontrol.wait; ", "griddepcontrol.launch_dependents; ", "ld.global.b32 %r1, [%rd1]; "
+    box = "cp.async.bulk.tensor.2d.shared::cluster.global [%r1], [%rd1]; "
+    assert early_accesses("ld.param.b64 %rd1, [x]; " + wait + begin + load) == 0
+    assert early_accesses(load + wait + box + begin + load) == 2
+    assert early_accesses(wait + load) == 1 and early_accesses(begin + box + load) == 2, "one of the two is missing"
+    assert early_accesses("ld.shared.b32 %r1, [%r2]; mbarrier.init.shared::cta.b64 [%r1], 1; " + wait + begin) == 0
 
 
 def test_a_tile_over_the_limit_is_found_by_compiling_it():

@@ -77,6 +77,10 @@ def test_faults_are_named():
     assert "static shared memory" in faults(replace(GOOD, shared_bytes=49 << 10), "sm_90")[0]
     assert faults(replace(GOOD, wgmma=0), "sm_90") == ["does not use wgmma"]
     assert faults(replace(GOOD, tma=0), "sm_90") == ["does not load by TMA"]
+    early = replace(GOOD, early=2)
+    assert faults(early, "sm_90") == faults(early, "sm_100")
+    assert faults(early, "sm_90") == ["touches memory 2 times before it has waited for the launch before"]
+    assert faults(early, "sm_80") == [] == faults(replace(GOOD, early=0), "sm_90")
     assert faults(replace(GOOD, serialized=True), "sm_90") == ["has its wgmma serialized"]
     assert faults(replace(GOOD, matrix=0, wgmma=0, tma=0), "sm_80") == []  # empty there, and never launched
     image = replace(GOOD, name="image_conv_kernel<fp16, 3, 0>", matrix=0)
@@ -131,7 +135,8 @@ def test_a_planted_spill_is_found_and_broken_code_reported(tmp_path):
     source = tmp_path / "planted.cu"
     source.write_text(SPILLING)
     (kernel,) = compile_source(find_nvcc(), source, "sm_90", find_cuobjdump())
-    assert kernel.spills and "spills" in faults(kernel, "sm_90")[0] and kernel.matrix == 0
+    spill, early = faults(kernel, "sm_90")
+    assert kernel.spills and "spills" in spill and kernel.matrix == 0 and kernel.early >= 192 and "waited" in early
     source.write_text("__global__ void broken( {")
     with pytest.raises(RuntimeError, match=r"planted\.cu does not compile for sm_90"):
         compile_source(find_nvcc(), source, "sm_90")

@@ -242,6 +242,16 @@ def test_who_applies_a_batch_norm(table):
     assert not tuning.deferred(NAME, onto, "bf16", 128)[0] and tuning.deferred(NAME, onto, "fp16", 128)[0]
 
 
+def test_how_a_step_is_launched(table):
+    """Plain where nothing was measured; else as was fastest at the nearest number of images."""
+    assert tuning.dependent(None, "bf16", 128) == tuning.dependent(NAME, "bf16", 128)
+    assert tuning.dependent(NAME, "bf16", 128) == (False, "the default: not measured on this device")
+    table(TABLE | {"launch": {"step": {"any": {"bf16": {"128": "dependent", "1024": "plain"}}}}})
+    assert tuning.dependent(NAME, "bf16", 64) == (True, "fastest at 128 images")
+    assert not tuning.dependent(NAME, "bf16", 512)[0] and not tuning.dependent(NAME, "bf16", 8192)[0]
+    assert not tuning.dependent(NAME, "fp32", 128)[0]
+
+
 def test_an_unknown_way_to_apply_is_refused(table):
     table(TABLE | {"inputs": {"conv": {"64x128@32": {"bf16": {"128": "triton"}}}}})
     with pytest.warns(RuntimeWarning, match="recipe is 'triton', accepted are applied, deferred"):

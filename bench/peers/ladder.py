@@ -9,6 +9,8 @@ reference step before it is timed. What a rung adds, and where it departs from `
     frozen          D's parameters take no gradient in G's step; from here on nothing is read back to the host
     graph           the whole step, both updates, in one CUDA graph over static inputs; Adam fused and capturable
 
+    dependent       of ours: kernels that may begin before the one before them has ended (`kernels.dependent`)
+
 and ours: `reference`, `dcgan.step.ReferenceStep`, and `fused`, `dcgan.fused.FusedStep`.
 """
 
@@ -24,6 +26,7 @@ from dcgan.arch import Arch
 from dcgan.fused import FusedStep
 from dcgan.model import Discriminator, Generator
 from dcgan.step import ReferenceStep, adam
+from kernels.dependent import CAPABILITY
 
 GRAPH_WARMUP = 3
 COMPILE_SECONDS = {"default": 30.0, "max-autotune": 90.0}
@@ -42,6 +45,7 @@ class Rung:
     graph: bool = False
     ours: str = ""
     off: str = ""
+    dependent: bool = False
 
     @property
     def name(self) -> str:
@@ -49,6 +53,7 @@ class Rung:
         parts = [self.ours or "example", "bf16" if self.precision == "bf16" else ""]
         parts += ["channels_last" if self.channels_last else "", {"default": "compile"}.get(self.compile, self.compile)]
         parts += ["frozen" if self.frozen else "", "graph" if self.graph else ""]
+        parts += ["dependent" if self.dependent else ""]
         return "+".join(part for part in parts if part) + (f"-{self.off}" if self.off else "")
 
     def images(self, real: Tensor) -> Tensor:
@@ -72,6 +77,7 @@ RUNGS = (
     Rung(ours="fused"),
     Rung("bf16", ours="fused"),
     Rung("bf16", ours="fused", graph=True),
+    Rung("bf16", ours="fused", graph=True, dependent=True),
     Rung(**BEST, compile="default", frozen=True, graph=True),
     Rung(**BEST, compile="max-autotune", frozen=True, graph=True),
     Rung(**BEST, compile="default", frozen=True),
@@ -85,10 +91,17 @@ RUNGS = (
 EXAMPLE = RUNGS[0].name
 
 
+def can_depend(device: torch.device) -> bool:
+    """Whether kernels can be launched as `kernels.dependent` has it."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= CAPABILITY
+
+
 def unavailable(rung: Rung, arch: Arch, device: torch.device) -> str | None:
     """Why `rung` cannot run here; None where it can be tried."""
     if rung.graph and device.type != "cuda":
         return f"a CUDA graph needs a GPU; the device is {device.type}"
+    if (rung.dependent or rung.off == "dependent") and not can_depend(device):
+        return f"dependent launch needs compute capability {'.'.join(map(str, CAPABILITY))}"
     if rung.off and device.type != "cuda":
         return f"only the step over the GPU's launchers has such parts; the device is {device.type}"
     if rung.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
@@ -264,6 +277,8 @@ def _ours(rung: Rung, arch: Arch, state: tuple[dict, dict], device: torch.device
         g, d = g.to(memory_format=torch.channels_last), d.to(memory_format=torch.channels_last)
     optimizers = tuple(capturable_adam(m) if rung.graph else adam(m, fused=fused) for m in (g, d))
     step = (FusedStep if fused else ReferenceStep)(g, d, *optimizers, precision=rung.precision)
+    if fused:
+        step.dependent = rung.dependent
     if rung.off in without.OFF:
         without.OFF[rung.off](step)
     if rung.graph and rung.off != without.GRAPH:

@@ -10,6 +10,7 @@ step computes the same as before, by more launches:
     batched      real and fake through D one after the other, and the two gradients added
     frozen       D's weight gradients computed in G's step too, and thrown away, as the example does
     products     the convolutions by the library (cuDNN), all that is fused with them in passes of its own
+    dependent    each kernel launched when the one before it has ended (from capability 9.0 on, where the whole is not)
 
 and, which is nothing inside the step and so not in `OFF`, `graph`: its launches one by one, not as a CUDA graph.
 """
@@ -166,6 +167,10 @@ def without_products(step: FusedStep) -> None:
     _relaunch(step, changes)
 
 
+def without_dependent(step: FusedStep) -> None:
+    step.dependent = False
+
+
 OFF: dict[str, Callable[[FusedStep], None]] = {
     "statistics": without_statistics,
     "sums": without_sums,
@@ -174,6 +179,7 @@ OFF: dict[str, Callable[[FusedStep], None]] = {
     "batched": without_batched,
     "frozen": without_frozen,
     "products": without_products,
+    "dependent": without_dependent,
 }
 GRAPH = "graph"
 PARTS = (GRAPH, *OFF)

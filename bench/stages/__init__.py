@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -182,8 +182,9 @@ def measure_ceilings(bench: Bench, seconds: float) -> None:
 def peers(bench: Bench, seconds: float) -> None:
     """Every rung, ours among them, at each of the plan's batches."""
     began, batches = time.perf_counter(), bench.plan.peer_batches
-    precisions = [rung.precision for rung in ladder.RUNGS if rung.ours == "fused"]
-    jobs = [(bench.plan.arch, images, name, "") for images in batches for name in precisions]
+    ours = [rung for rung in ladder.RUNGS if rung.ours == "fused"]
+    ours = [rung for rung in ours if not ladder.unavailable(rung, bench.plan.arch, bench.plan.device)]
+    jobs = [(bench.plan.arch, images, replace(rung, graph=False)) for images in batches for rung in ours]
     ahead.compile_steps(bench, "peers", jobs)
     for done, images in enumerate(batches):
         share = (seconds - (time.perf_counter() - began)) / (len(batches) - done)

@@ -9,11 +9,13 @@ where the launching process finds them. Not yet run on a GPU.
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from bench.group import Bench
 from bench.peers import without
+from bench.peers.ladder import Rung
 from bench.tuning import precompile
 from bench.tuning.lab import arch_of_device
 from dcgan.arch import Arch
@@ -22,8 +24,8 @@ from dcgan.model import Discriminator, Generator
 from dcgan.step import adam
 from kernels import tuning
 
-Job = tuple[Arch, int, str, str]
-"""Architecture, images, precision, and what is turned off, of `bench.peers.without`; empty for nothing."""
+Job = tuple[Arch, int, Rung]
+"""Architecture, images, and the rung of ours."""
 
 TILES_OF = 90
 """Off a GPU the kernels choose the tiles of this capability, so others have nothing compiled ahead."""
@@ -39,11 +41,12 @@ def step_launches(job: Job, name: str | None = None) -> list:
     from kernels._triton.launch import Launch
     from kernels.launchers import launchers
 
-    arch, images, precision, off = job
+    arch, images, rung = job
     models = Generator(arch), Discriminator(arch)
-    step = FusedStep(*models, *map(adam, models), precision=precision, launch=launchers("triton"))
-    if off:
-        without.OFF[off](step)
+    step = FusedStep(*models, *map(adam, models), precision=rung.precision, launch=launchers("triton"))
+    step.dependent = rung.dependent
+    if rung.off in without.OFF:
+        without.OFF[rung.off](step)
     found: dict[tuple, Launch] = {}
     before = Launch.run, tuning.device_name
     Launch.run = lambda self: found.setdefault(specialised(self), self)
@@ -68,7 +71,7 @@ def specialised(launch) -> tuple:
             values.append((key, value))
         else:
             values.append((key, value == 1, value % 16 == 0, value >= 1 << 31))
-    return (launch.kernel.fn.__name__, launch.warps, launch.stages, *values)
+    return (launch.kernel.fn.__name__, *launch.options.items(), *values)
 
 
 def share(jobs: Sequence[Job], name: str | None, worker: int, workers: int) -> list:
@@ -82,6 +85,13 @@ def share(jobs: Sequence[Job], name: str | None, worker: int, workers: int) -> l
                 mine.append(launch)
             seen.add(key)
     return mine
+
+
+def share_of_table(folder: str, *arguments) -> list:
+    """`share`, with the tuned tables of a folder."""
+    tuning.FOLDER = Path(folder)
+    tuning.forget()
+    return share(*arguments)
 
 
 def compile_steps(bench: Bench, stage: str, jobs: Sequence[Job]) -> None:

@@ -12,17 +12,20 @@ from bench.peers.ladder import BEST, EXAMPLE, Rung
 from bench.stages import ahead, sampling, tutorial
 from dcgan.arch import Arch
 
-WHOLE = Rung("bf16", ours="fused", graph=True)
-"""What the ablation takes parts from."""
-
 Part = tuple[str, int, Callable[[float], object]]
 """A row's name where there is no time for it, its batch, and what measures it in so many seconds."""
 
 
-def rungs(bench: Bench) -> list[Rung]:
+def whole(bench: Bench, images: int) -> Rung:
+    """Ours with all its parts, on a GPU: with dependent launches where those were the faster ones at so many images."""
+    ours = bench.summary.get(f"b{images}", {}).get("ours") or ""
+    return Rung("bf16", ours="fused", graph=True, dependent="dependent" in ours)
+
+
+def rungs(bench: Bench, images: int) -> list[Rung]:
     """The example and ours; on a GPU our fastest alone, and what is likely the best peer that compiles nothing."""
     if bench.plan.device.type == "cuda":
-        return [ladder.RUNGS[0], Rung(**BEST, frozen=True, graph=True), WHOLE]
+        return [ladder.RUNGS[0], Rung(**BEST, frozen=True, graph=True), whole(bench, images)]
     return [rung for rung in ladder.RUNGS if rung.ours == "fused" or rung.name == EXAMPLE]
 
 
@@ -38,8 +41,13 @@ def others(arch: Arch, sizes: tuple[int, ...], widths: tuple[int, ...]) -> list[
 
 def ablation(bench: Bench, images: int, seconds: float) -> None:
     """The fused step beside itself with one part off; `gain` is what the part saves, as a ratio."""
-    rungs = [WHOLE, *(replace(WHOLE, off=part) for part in without.PARTS)]
-    Group(bench, "step", images, "ablation").run(rungs, seconds)
+    Group(bench, "step", images, "ablation").run(ablated(bench, images), seconds)
+
+
+def ablated(bench: Bench, images: int) -> list[Rung]:
+    all_of_it = whole(bench, images)
+    parts = [part for part in without.PARTS if part != "dependent" or all_of_it.dependent]
+    return [all_of_it, *(replace(all_of_it, off=part) for part in parts)]
 
 
 def parts(bench: Bench) -> Iterator[Part]:
@@ -48,7 +56,7 @@ def parts(bench: Bench) -> Iterator[Part]:
 
     def group(images: int, arch: Arch | None = None) -> Callable[[float], object]:
         name = "scaling" if arch else "step"
-        return lambda seconds: Group(bench, "step", images, name, arch).run(rungs(bench), seconds)
+        return lambda seconds: Group(bench, "step", images, name, arch).run(rungs(bench, images), seconds)
 
     first = [images for images in plan.step_batches if images in plan.peer_batches]
     for images in first:
@@ -77,8 +85,9 @@ def step(bench: Bench, seconds: float) -> None:
             planned.append((name, images, run))
     batches = [(plan.arch, images) for name, images, _ in planned if name == f"b{images}"]
     scaled = [(arch, plan.peer_batches[0]) for arch in others(plan.arch, plan.sizes, plan.widths)]
-    jobs = [(arch, images, "bf16", "") for arch, images in batches + scaled]
-    jobs += [(plan.arch, images, "bf16", off) for images in plan.ablated for off in without.OFF if off != "products"]
+    jobs = [(arch, images, whole(bench, images)) for arch, images in batches + scaled]
+    jobs += [(plan.arch, images, rung) for images in plan.ablated for rung in ablated(bench, images)]
+    jobs = [job for job in jobs if job[2].off not in (without.GRAPH, "products")]
     ahead.compile_steps(bench, "step", jobs)
     for done, (name, images, run) in enumerate(planned):
         left = seconds - (time.perf_counter() - began)

@@ -1,11 +1,13 @@
-"""What a table says beside tiles: the recipe of each public op, and who applies the batch norm of a layer's input."""
+"""What a table says beside tiles: the recipe of each public op, who applies the batch norm of a layer's input, how the
+kernels of a step are launched."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from bench.peers.ladder import Rung
 from bench.subjects import layers, whole
 from bench.subjects.problems import Read, step_reads
 from bench.tuning.search import Table
@@ -14,7 +16,8 @@ from kernels import dispatch, tuning
 
 MARGIN = 0.02
 """What is not done unasked must be faster by this fraction to be chosen: for an op a recipe of ours, since no layer may
-be slower fused; for an input the load, since a map that was applied once serves whatever reads it."""
+be slower fused; for an input the load, since a map that was applied once serves whatever reads it. Dependent launch,
+which the whole step shares, by any."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,35 @@ def reads(arch: Arch, batches: list[int], precision: str) -> list[Read]:
     return list({read.name: read for batch in batches for read in step_reads(arch, batch, precision)}.values())
 
 
-def best(times: Mapping[str, float], unasked: str = "eager") -> str | None:
+@dataclass(frozen=True)
+class Steps:
+    """A captured step, whose kernels are launched one way or the other."""
+
+    arch: Arch
+    images: int
+    precision: str
+
+    @property
+    def name(self) -> str:
+        return f"launch/step/{self.precision}/b{self.images}"
+
+    def rungs(self) -> dict[str, Rung]:
+        """By the way its kernels are launched."""
+        rung = Rung(self.precision, ours="fused", graph=True)
+        return {way: replace(rung, dependent=way == "dependent") for way in tuning.LAUNCHES}
+
+
+def steps(arch: Arch, batches: list[int], precision: str) -> list[Steps]:
+    """The steps of these batches, in a precision that the ladder has."""
+    return [Steps(arch, images, precision) for images in dict.fromkeys(batches) if precision in ("bf16", "fp32")]
+
+
+def best(times: Mapping[str, float], unasked: str = "eager", margin: float = MARGIN) -> str | None:
     """The fastest; `unasked` where it loses by no more than the margin. None of none."""
     if not times:
         return None
     fastest = min(times, key=lambda recipe: times[recipe])
-    return unasked if times.get(unasked, float("inf")) <= times[fastest] * (1 + MARGIN) else fastest
+    return unasked if times.get(unasked, float("inf")) <= times[fastest] * (1 + margin) else fastest
 
 
 @contextmanager

@@ -54,8 +54,7 @@ def compile_one(launches_of: LaunchesOf, arguments: tuple) -> list[dict[str, int
     found = []
     try:
         for launch in launches_of(*arguments):
-            options = {"num_warps": launch.warps, "num_stages": launch.stages}
-            built = launch.kernel.warmup(grid=launch.grid, **launch.arguments, **options)
+            built = launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
             usage = _resource_usage(built.asm["cubin"], cuobjdump)
             spills = usage["STACK"] + usage["LOCAL"]
             found.append({"registers": usage["REG"], "spills": spills, "shared_bytes": built.metadata.shared})

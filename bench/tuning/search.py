@@ -94,7 +94,7 @@ class Table:
 
     def __init__(self, path: Path, header: Mapping[str, Any], sources: str):
         self.path, self.header, self.sources = path, dict(header), sources
-        self.data: dict[str, Any] = {"ops": {}, "tiles": {}, "inputs": {}, "measured": {}}
+        self.data: dict[str, Any] = {"ops": {}, "tiles": {}, "inputs": {}, "launch": {}, "measured": {}}
         if path.exists():
             held = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(held, dict) or held.get("device") != header["device"]:
@@ -134,6 +134,13 @@ class Table:
         place = self.data["inputs"].setdefault(read.kind, {}).setdefault(read.key, {})
         place.setdefault(read.precision, {})[str(read.images)] = way
         self.data["measured"][read.name] = {"us": dict(times), "sources": stamp}
+        self.write()
+
+    def put_launch(self, name: str, precision: str, images: int, way: str, times: Mapping[str, float]) -> None:
+        """Store how a step's kernels had better be launched, `plain` or `dependent`, and write."""
+        place = self.data["launch"].setdefault("step", {}).setdefault("any", {}).setdefault(precision, {})
+        place[str(images)] = way
+        self.data["measured"][name] = {"us": dict(times), "sources": self.sources}
         self.write()
 
     def write(self) -> None:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from kernels import dependent
+
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """The codes of csrc/common.h."""
 
@@ -10,8 +12,8 @@ SLOPES = {"none": 1.0, "relu": 0.0}
 
 
 def launch(op: str, *arguments) -> None:
-    """Run an op of the extension on the current stream of its tensors' device."""
-    getattr(torch.ops.dcgan_cuda, op).default(*arguments)
+    """Run an op of the extension on the current stream of its tensors' device; as `kernels.dependent` says."""
+    getattr(torch.ops.dcgan_cuda, op).default(*arguments, dependent=dependent.asked())
 
 
 def slope_of(activation: str, slope: float) -> float:

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._triton.dependent import after_previous
 from kernels._triton.launch import Job, Launch
 from kernels._triton.ticket import last_program
 
@@ -22,7 +23,7 @@ NAMES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
-def overflow_kernel(table, blocks, flags, BLOCK: tl.constexpr):
+def overflow_kernel(table, blocks, flags, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
     """flags[1] ← 1 where any gradient is infinite or NaN.
 
     Tile: BLOCK elements of one tensor, as in `adam_kernel`.
@@ -30,6 +31,7 @@ def overflow_kernel(table, blocks, flags, BLOCK: tl.constexpr):
     Compares alone.
     Beats a pass a tensor and a question from the host; only a float16 step, whose gradients are scaled, pays for it.
     """
+    after_previous(DEPENDENT)
     pid = tl.program_id(0)
     row = table + tl.load(blocks + 2 * pid) * 6
     first = tl.multiple_of(tl.load(blocks + 2 * pid + 1), 16)
@@ -43,7 +45,7 @@ def overflow_kernel(table, blocks, flags, BLOCK: tl.constexpr):
 def adam_kernel(
     table, blocks, step, loss_scale, flags, lr, BETA1: tl.constexpr, BETA2: tl.constexpr, LOG1: tl.constexpr,
     LOG2: tl.constexpr, EPS: tl.constexpr, COPY: tl.constexpr, MOVE_SCALE: tl.constexpr, GROWTH: tl.constexpr,
-    BACKOFF: tl.constexpr, INTERVAL: tl.constexpr, BLOCK: tl.constexpr,
+    BACKOFF: tl.constexpr, INTERVAL: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """m ← β1·m + (1−β1)·g; v ← β2·v + (1−β2)·g²; p ← p − lr/(1−β1ᵗ) · m / (√v/√(1−β2ᵗ) + ε); copy ← p in 16 bits.
 
@@ -53,6 +55,7 @@ def adam_kernel(
     Computes in fp32; the bias corrections in fp64, since 1 − 0.999ᵗ in fp32 has four digits at t = 1.
     Beats a launch a tensor, and the cast of every weight that would follow.
     """
+    after_previous(DEPENDENT)
     pid = tl.program_id(0)
     row = table + tl.load(blocks + 2 * pid) * 6
     first = tl.multiple_of(tl.load(blocks + 2 * pid + 1), 16)

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._triton.config import cdiv, power_of_two
+from kernels._triton.dependent import after_previous
 from kernels._triton.epilogue import activate
 from kernels._triton.launch import Job, Launch
 from kernels._triton.merge import merge, merge_arguments, settle_statistics
@@ -49,7 +50,7 @@ def statistics_kernel(
     y, values, counts, rows, groups, tiles,
     rounds, round_counts, tickets, weight, bias, running_mean, running_var, tracked, merged, eps, momentum,
     C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, MERGE: tl.constexpr, TOGETHER: tl.constexpr,
-    WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Mean and M2 of each channel of a tile of y.
 
@@ -58,6 +59,7 @@ def statistics_kernel(
     Accumulates in fp32, about the tile's own mean.
     Beats the library by nothing: for outputs of a library's GEMM, which has no epilogue of ours.
     """
+    after_previous(DEPENDENT)
     group, tile, offsets, mask, c, valid = locate(rows, tiles, C, BR, BC)
     x = tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32)
     n = tl.sum(valid.to(tl.float32), 0)
@@ -78,7 +80,7 @@ def statistics_kernel(
 @triton.jit
 def merge_statistics_kernel(
     values, counts, weight, bias, running_mean, running_var, tracked, state, groups, tiles, eps, momentum,
-    C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """mean, rstd, scale and shift of each group from its tiles; running ← (1 − momentum)·running + momentum·new.
 
@@ -87,6 +89,7 @@ def merge_statistics_kernel(
     Accumulates in fp32 by Chan's formula, in tile order: the same bits each run.
     Beats the library by reading the partials and not the tensor, which is hundreds of times larger.
     """
+    after_previous(DEPENDENT)
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     settle_statistics(
         values, counts, weight, bias, running_mean, running_var, tracked, state, groups, tiles, eps, momentum, c,
@@ -97,7 +100,7 @@ def merge_statistics_kernel(
 @triton.jit
 def apply_kernel(
     y, state, out, rows, groups, tiles, C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
-    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """out = activation(scale·y + shift), by channel and group.
 
@@ -106,6 +109,7 @@ def apply_kernel(
     Computes in fp32, rounded once.
     Beats the library's three kernels (statistics, apply, activation) by being the one that is left.
     """
+    after_previous(DEPENDENT)
     group, _, offsets, mask, c, _ = locate(rows, tiles, C, BR, BC)
     at = group * C + c
     scale = tl.load(state + 2 * groups * C + at, mask=c < C, other=0.0)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels._triton.batch_norm import MERGED_CHANNELS, MERGED_TILES, locate, row_grid, row_tile, rows_of
 from kernels._triton.config import cdiv
+from kernels._triton.dependent import after_previous
 from kernels._triton.epilogue import derivative
 from kernels._triton.launch import Job, Launch
 from kernels._triton.merge import settle_sums
@@ -24,7 +25,7 @@ from kernels.geometry import Activation, Partials, check_tensor
 @triton.jit
 def activation_grad_kernel(
     da, y, state, g, values, rows, groups, tiles, C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
-    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """g = da·activation′(scale·y + shift); Σg and Σg·x̂ of the tile.
 
@@ -33,6 +34,7 @@ def activation_grad_kernel(
     Accumulates in fp32.
     Beats the library's two kernels (activation backward, then a reduction that reads both again) by one pass.
     """
+    after_previous(DEPENDENT)
     group, tile, offsets, mask, c, _ = locate(rows, tiles, C, BR, BC)
     at, row = group * C + c, groups * C
     mean = tl.load(state + at, mask=c < C, other=0.0)
@@ -51,8 +53,9 @@ def activation_grad_kernel(
 
 @triton.jit
 def merge_sums_kernel(
-    values, dweight, dbias, means, rows, groups, tiles, C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr
-):
+    values, dweight, dbias, means, rows, groups, tiles, C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):  # fmt: skip
     """∂weight = Σg·x̂ and ∂bias = Σg over all groups; Σg/n and Σg·x̂/n of each.
 
     Tile: BC channels, all groups in turn, BT tiles at a time.
@@ -60,12 +63,16 @@ def merge_sums_kernel(
     Accumulates in fp32, in an order fixed by the grid: the same bits each run.
     Beats a second pass over the tensors, as merge_statistics does.
     """
+    after_previous(DEPENDENT)
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     settle_sums(values, dweight, dbias, means, rows, groups, tiles, c, C, BT)
 
 
 @triton.jit
-def apply_grad_kernel(g, y, state, means, dy, rows, groups, tiles, C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+def apply_grad_kernel(
+    g, y, state, means, dy, rows, groups, tiles, C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):  # fmt: skip
     """dy = scale·(g − mean(g) − x̂·mean(g·x̂)), by channel and group.
 
     Tile: BR pixels by BC channels of one group.
@@ -73,6 +80,7 @@ def apply_grad_kernel(g, y, state, means, dy, rows, groups, tiles, C: tl.constex
     Computes in fp32, rounded once.
     Beats the library by one read of both tensors: the sums are there already.
     """
+    after_previous(DEPENDENT)
     group, _, offsets, mask, c, _ = locate(rows, tiles, C, BR, BC)
     at, row = group * C + c, groups * C
     mean = tl.load(state + at, mask=c < C, other=0.0)

@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._triton.config import FLAT_CHANNELS, ConvConfig, cdiv, conv_config
+from kernels._triton.dependent import after_previous
 from kernels._triton.epilogue import PART_COLUMNS, check_epilogue, empty_partials, finish
 from kernels._triton.launch import PRECISIONS, Job, Launch, arch_of, box_view, halves_view, on_tensor_cores
 from kernels._triton.merge import merge, merge_arguments
@@ -20,7 +21,7 @@ def conv_kernel(
     BI: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     MODE: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
     FLAT: tl.constexpr, BEFORE: tl.constexpr, BEFORE_SLOPE: tl.constexpr,
-    PART: tl.constexpr, MERGE: tl.constexpr, TOGETHER: tl.constexpr, WIDTH: tl.constexpr,
+    PART: tl.constexpr, MERGE: tl.constexpr, TOGETHER: tl.constexpr, WIDTH: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """y[n,oy,ox,o] = Σ_{ky,kx,c} x[n,2oy+ky−1,2ox+kx−1,c] · w[o,ky,kx,c], then the epilogue; with x_state, of x
     batch-normed and activated as it is loaded.
@@ -31,6 +32,7 @@ def conv_kernel(
     Accumulates in fp32, which the epilogue sees before it is rounded.
     Beats the library by what does not follow: statistics, activation and derivative cost no pass over memory.
     """
+    after_previous(DEPENDENT)
     BM: tl.constexpr = BI * BH * BW
     KC: tl.constexpr = (C + BK - 1) // BK
     STEPS: tl.constexpr = (16 * C + BK - 1) // BK if FLAT else 16 * KC

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kernels._triton.config import IMAGE_CHANNELS, ConvConfig, cdiv, conv_config
 from kernels._triton.conv_transpose_image import image_job
+from kernels._triton.dependent import after_previous
 from kernels._triton.epilogue import PART_COLUMNS, check_epilogue, empty_partials, finish
 from kernels._triton.launch import PRECISIONS, Job, Launch, arch_of, box_view, on_tensor_cores
 from kernels._triton.merge import merge, merge_arguments
@@ -21,7 +22,7 @@ def conv_transpose_kernel(
     BI: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     MODE: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
     BEFORE: tl.constexpr, BEFORE_SLOPE: tl.constexpr,
-    PART: tl.constexpr, MERGE: tl.constexpr, TOGETHER: tl.constexpr, WIDTH: tl.constexpr,
+    PART: tl.constexpr, MERGE: tl.constexpr, TOGETHER: tl.constexpr, WIDTH: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """y[n,2i+p,2j+q,o] = Σ_{a,b∈{0,1},c} x[n,i+p−a,j+q−b,c] · w[c,1−p+2a,1−q+2b,o], then the epilogue;
     with x_state, of x batch-normed and activated as it is loaded.
@@ -31,6 +32,7 @@ def conv_transpose_kernel(
     Accumulates in fp32, which the epilogue sees before it is rounded.
     Beats the library as conv does, and a zero-stuffing one fourfold: no product with a stuffed zero is ever formed.
     """
+    after_previous(DEPENDENT)
     BM: tl.constexpr = BI * BH * BW
     KC: tl.constexpr = (C + BK - 1) // BK
     TW: tl.constexpr = (W + BW - 1) // BW

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._triton.config import ConvConfig, cdiv, image_config, inner, tma_fits
+from kernels._triton.dependent import after_previous
 from kernels._triton.epilogue import activate, derivative
 from kernels._triton.launch import Job, Launch, arch_of, box_view, on_tensor_cores
 from kernels._triton.prologue import applied, prologue
@@ -41,7 +42,7 @@ def conv_transpose_image_kernel(
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, CO: tl.constexpr,
     BI: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, IH: tl.constexpr, IW: tl.constexpr, BK: tl.constexpr,
     MODE: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-    BEFORE: tl.constexpr, BEFORE_SLOPE: tl.constexpr,
+    BEFORE: tl.constexpr, BEFORE_SLOPE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """z[n,i,j,(a,b,p,q,o)] = Σ_c x[n,i,j,c] · w[c,1+p−2s,1+q−2t,o] with s = a·(2p−1), t = b·(2q−1), and
     y[n,2i+p,2j+q,o] = act(Σ_{a,b∈{0,1}} z[n,i+s,j+t,(a,b,p,q,o)]); with x_state, of x batch-normed and activated.
@@ -51,6 +52,7 @@ def conv_transpose_image_kernel(
     Accumulates in fp32; the four addends of an output, in a fixed order.
     Beats the library by the activation, or its derivative, and by loads: of its GEMM's columns 61 in 64 are empty.
     """
+    after_previous(DEPENDENT)
     BM: tl.constexpr = BI * BH * BW
     TH: tl.constexpr = (H + IH - 1) // IH
     TW: tl.constexpr = (W + IW - 1) // IW

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._triton.config import cdiv
+from kernels._triton.dependent import after_previous
 from kernels._triton.launch import DTYPES, Job, Launch
 from kernels._triton.ticket import check_ticket, last_program
 from kernels.geometry import check_tensor
@@ -16,7 +17,7 @@ BLOCK = 2048
 @triton.jit
 def gather_kernel(
     rows, permutation, cursor, flip, out, ticket, length,
-    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, CO: tl.constexpr, BLOCK: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, CO: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """out[n,y,x,c] = rows[permutation[k], y, flip[k] ? W−1−x : x, c] · 2/255 − 1 with k = (cursor + n) mod length.
 
@@ -25,6 +26,7 @@ def gather_kernel(
     Computes in fp32, rounded once.
     Beats a gather, a flip, a cast, a scale and a permute: one kernel, and the host sends nothing.
     """
+    after_previous(DEPENDENT)
     n = tl.program_id(0)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     y, x, c = i // (W * CO), i // CO % W, i % CO

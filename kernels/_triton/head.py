@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._triton.config import cdiv, power_of_two
+from kernels._triton.dependent import after_previous
 from kernels._triton.epilogue import activate, derivative
 from kernels._triton.launch import DTYPES, Job, Launch
 from kernels._triton.merge import TOGETHER, gradients_of, settle_sums
@@ -54,7 +55,7 @@ def cross_entropy(logit, target):
 def head_kernel(
     y, w, state, scale, logits, dlogits, means, ticket, per_group, groups, real,
     P: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, MEANS: tl.constexpr,
-    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """logit = Σ act(scale·y + shift)·w; loss = softplus(∓logit); dlogit = (σ(logit) − target) / images of the group.
 
@@ -63,6 +64,7 @@ def head_kernel(
     Accumulates in fp32, BLOCK partial sums and then a tree; means over logits in order: the same bits each run.
     Beats the library's apply, GEMV, sigmoid, loss and their backward kernels by reading y alone.
     """
+    after_previous(DEPENDENT)
     n = tl.program_id(0)
     group = n // per_group
     total = tl.zeros((BLOCK,), tl.float32)
@@ -104,7 +106,7 @@ def group_means(logits, dlogits, means, group, groups, per_group, target, BLOCK:
 
 
 @triton.jit
-def gan_loss_kernel(logits, dlogits, means, per_group, groups, real, BLOCK: tl.constexpr):
+def gan_loss_kernel(logits, dlogits, means, per_group, groups, real, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
     """means[0,g] = mean softplus(∓logit), means[1,g] = mean σ(logit), dlogit = (σ(logit) − target) / images of g.
 
     Tile: one group of logits, BLOCK at a time.
@@ -112,6 +114,7 @@ def gan_loss_kernel(logits, dlogits, means, per_group, groups, real, BLOCK: tl.c
     Accumulates in fp32, in order: the same bits each run.
     Beats the library's sigmoid, loss, two means and their backward by being one launch; nothing else costs here.
     """
+    after_previous(DEPENDENT)
     group = tl.program_id(0)
     group_means(logits, dlogits, means, group, groups, per_group, (real >> group) & 1, BLOCK)
 
@@ -120,7 +123,7 @@ def gan_loss_kernel(logits, dlogits, means, per_group, groups, real, BLOCK: tl.c
 def head_grad_kernel(
     y, w, state, dlogits, g, dw, values, dweight, dbias, means, tickets, per_group, groups,
     P: tl.constexpr, C: tl.constexpr, BI: tl.constexpr, BC: tl.constexpr,
-    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, TOGETHER: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, TOGETHER: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """g = dlogit·w·act′; Σg and Σg·x̂ over a pixel's images; dw = Σ dlogit·act(scale·y + shift) where it is wanted.
 
@@ -130,6 +133,7 @@ def head_grad_kernel(
     Accumulates in fp32 over images, in order: the same bits each run.
     Beats the library's two outer products, activation backward and reduction, which read and write the map five times.
     """
+    after_previous(DEPENDENT)
     p, c = tl.program_id(0), tl.program_id(1) * BC + tl.arange(0, BC)
     inside = c < C
     weight = tl.load(w + p * C + c, mask=inside, other=0.0).to(tl.float32)

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels import dependent
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PRECISIONS = ("ieee", "tf32")
@@ -15,16 +17,30 @@ PRECISIONS = ("ieee", "tf32")
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch: the compiled function, its grid, and its arguments by name (constants included)."""
+    """One kernel launch: the compiled function, its grid, and its arguments by name (constants included).
+
+    dependent: whether it may begin before the launch before it has ended, as `kernels.dependent` says; one of the
+    arguments, `DEPENDENT`, says so to the kernel.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: Mapping[str, Any]
     warps: int = 4
     stages: int = 3
+    dependent: bool = field(default_factory=dependent.asked)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "arguments", {**self.arguments, "DEPENDENT": self.dependent})
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What it is compiled and launched with, beside its arguments."""
+        options: dict[str, Any] = {"num_warps": self.warps, "num_stages": self.stages}
+        return options | ({"launch_pdl": True} if self.dependent else {})
 
     def run(self) -> None:
-        self.kernel[self.grid](**self.arguments, num_warps=self.warps, num_stages=self.stages)
+        self.kernel[self.grid](**self.arguments, **self.options)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._triton.config import FLAT_CHANNELS, WgradConfig, cdiv, wgrad_config
+from kernels._triton.dependent import after_previous
 from kernels._triton.launch import PRECISIONS, Job, Launch, arch_of, box_view, halves_view, on_tensor_cores
 from kernels._triton.prologue import applied, check_input, groups_of, prologue
 from kernels.geometry import Deferred, Shares, check_tensor
@@ -25,7 +26,7 @@ def wgrad_kernel(
     H: tl.constexpr, W: tl.constexpr, L: tl.constexpr, C: tl.constexpr,
     BI: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
     TAPS: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, FLAT: tl.constexpr,
-    SIDE: tl.constexpr, BEFORE: tl.constexpr, BEFORE_SLOPE: tl.constexpr,
+    SIDE: tl.constexpr, BEFORE: tl.constexpr, BEFORE_SLOPE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """out[s,l,ky,kx,c] = Σ_{n,y,x of share s} low[n,y,x,l] · high[n,2y+ky−1,2x+kx−1,c]; with x_state, of `low` or
     `high`, as SIDE says, batch-normed and activated as it is loaded.
@@ -36,6 +37,7 @@ def wgrad_kernel(
     Accumulates in fp32; a share takes every SPLIT-th box and has its own place, so no order is left to chance.
     Beats the library's deterministic choice, which is not split and leaves most SMs idle where the weight is small.
     """
+    after_previous(DEPENDENT)
     BK: tl.constexpr = BI * BH * BW
     TW: tl.constexpr = (W + BW - 1) // BW
     TH: tl.constexpr = (H + BH - 1) // BH
@@ -109,6 +111,7 @@ def sum_of(shares, out, size, count, block, BLOCK: tl.constexpr, BS: tl.constexp
 def sum_shares_kernel(
     shares0, out0, size0, count0, shares1, out1, size1, count1,
     shares2, out2, size2, count2, shares3, out3, size3, count3, BLOCK: tl.constexpr, BS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """out[i] = Σ_s shares[s,i], of up to four gradients; None for those there are not.
 
@@ -117,6 +120,7 @@ def sum_shares_kernel(
     Accumulates in fp32, in the same order every time.
     Beats atomics by giving the same bits run after run, and a launch a gradient by the others' time between launches.
     """
+    after_previous(DEPENDENT)
     block = tl.program_id(0)
     blocks = (size0 + BLOCK - 1) // BLOCK
     if block < blocks:
