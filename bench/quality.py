@@ -4,9 +4,10 @@
                             [--batch-size B] [--device D]
 
 Trains both from the command line, `DIR/fused-bf16-seed0`, `DIR/eager-fp32-seed0`, …, and compares what each generator
-makes of the same noise with real pictures after a quarter, a half and all of the steps. A run that is there is not
-repeated, one that was cut off goes on. `DIR/rows.jsonl`, `env.json` and `README.md` are a record; docs/quality.md says
-how to read it. Exit codes: 0; 2 for wrong input; 3 where fused is worse than the seeds' spread allows, or a run failed.
+makes of the same noise with real pictures by a quarter, a half and all of the steps: the mean over a run's last five
+checkpoints there, a hundredth of the steps apart. A run that is there is not repeated, one that was cut off goes on.
+`DIR/rows.jsonl`, `env.json` and `README.md` are a record; docs/quality.md says how to read it. Exit codes: 0; 2 for
+wrong input; 3 where fused is worse than the seeds' spread allows, or a run failed.
 """
 
 import json
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
@@ -27,87 +28,20 @@ from bench import record
 from bench.group import Bench
 from bench.pages import overlay
 from bench.samples.judge import MEASURES, SEED, T_975, Judge, compare, table
-from dcgan import checkpoint, progress
-from dcgan.arch import PRESETS, Arch
-from dcgan.config import Config, choose_device
-from dcgan.data import ImageSet, open_images
+from bench.samples.study import CHECKPOINTS, VARIANTS, Study
+from dcgan import progress
+from dcgan.arch import PRESETS
+from dcgan.config import choose_device
+from dcgan.data import open_images
 from dcgan.errors import InputError, RunError, run_command, say
 from dcgan.flags import Parser, positive
 from dcgan.generate import sample
 from dcgan.loading import load
 
-VARIANTS = {
-    "eager-fp32": ("--precision", "fp32"),
-    "fused-bf16": ("--fused", "--precision", "bf16"),
-}
-STAGE = {"cuda": (2000, 150.0), "cpu": (400, 3600.0)}
-"""For the suite: steps, and the seconds that six such runs may need, a guess."""
+STAGE = {"cuda": (2000, 260.0), "cpu": (400, 4800.0)}
+"""For the suite: steps, and the seconds that six such runs and the comparison may need, a guess."""
 
 Emit = Callable[..., None]
-
-
-@dataclass(frozen=True)
-class Study:
-    """What to train and compare.
-
-    Args:
-        images: real pictures, at the size of `arch`.
-        arch: of all runs.
-        out: folder of the runs.
-        steps: of each, at least 4.
-        seeds: 1 to 10 runs of each variant.
-        batch_size: images a step.
-        device: where they train and are compared.
-    """
-
-    images: ImageSet
-    arch: Arch
-    out: Path
-    steps: int
-    seeds: int
-    batch_size: int
-    device: torch.device
-
-    @property
-    def milestones(self) -> tuple[int, int, int]:
-        """Steps after which generators are compared."""
-        return self.steps // 4, 2 * (self.steps // 4), self.steps
-
-    def run(self, variant: str, seed: int) -> Path:
-        return self.out / f"{variant}-seed{seed}"
-
-    def saved(self, variant: str, seed: int, step: int) -> Path | None:
-        """The checkpoint of a run after `step` steps; None where there is none."""
-        path = self.run(variant, seed) / "checkpoints" / f"{checkpoint.PREFIX}{step:08d}"
-        return path if (path / "manifest.json").exists() else None
-
-    def arguments(self, variant: str, seed: int) -> list[str]:
-        """Of `dcgan.train`: a new run, or the rest of one that was cut off."""
-        run, arch = self.run(variant, seed), self.arch
-        if (run / "config.json").exists():
-            return ["--resume", str(run)]
-        flags = {
-            "data": self.images.source, "out": run, "preset": "dense32" if arch.dense else "dcgan64",
-            "image-size": arch.image_size, "channels": arch.channels, "nz": arch.nz, "ngf": arch.ngf, "ndf": arch.ndf,
-            "batch-size": self.batch_size, "steps": self.steps, "seed": seed, "device": self.device, "keep": 6,
-            "checkpoint-every": self.steps // 4, "log-every": max(1, self.steps // 200),
-        }  # fmt: skip
-        return [str(part) for name, value in flags.items() for part in (f"--{name}", value)] + [*VARIANTS[variant]]
-
-    def check(self, variant: str, seed: int) -> None:
-        """Raise InputError where the folder holds a run of something else."""
-        run = self.run(variant, seed)
-        if not (run / "config.json").exists():
-            return
-        config = Config.read(run)
-        precision = VARIANTS[variant][-1]
-        wanted = {"arch": self.arch, "steps": self.steps, "batch_size": self.batch_size, "seed": seed}
-        wanted |= {"precision": precision, "fused": "stacks" if "--fused" in VARIANTS[variant] else None}
-        wrong = [f"{name} {getattr(config, name)}" for name, value in wanted.items() if getattr(config, name) != value]
-        if config.resolved["fingerprint"] != self.images.fingerprint:
-            wrong.append("other pictures")
-        if wrong:
-            raise InputError(f"--out {self.out}: {run.name} was trained with {', '.join(wrong)}; give another folder")
 
 
 def launch(arguments: list[str], seconds: float) -> tuple[int, str]:
@@ -128,24 +62,32 @@ def launch(arguments: list[str], seconds: float) -> tuple[int, str]:
 
 def train(study: Study, emit: Emit, seconds: float) -> None:
     """Train whatever is missing, both variants of a seed in turn. Emits a row a run that failed or found no time."""
-    began = time.monotonic()
+    until = time.monotonic() + seconds
     for seed in range(study.seeds):
         for variant in VARIANTS:
-            run = study.run(variant, seed)
-            if study.saved(variant, seed, study.steps):
-                continue
-            left = seconds - (time.monotonic() - began)
-            why = None if left > 0 else "no time left"
-            if why is None:
-                say(f"training {run}")
-                code, said = launch(study.arguments(variant, seed), left)
-                stopped = code in (128 + signal.SIGTERM, -signal.SIGTERM)  # the latter before it could save
-                why = "not finished within the time" if stopped else said if code else None
-                if code and not stopped:
-                    emit("quality", run.name, False, f"exit code {code}: {said}"[:200])
-                    continue
-            if why:
-                emit("quality", run.name, None, why)
+            if unfinished := advance(study, variant, seed, until):
+                emit("quality", study.run(variant, seed).name, *unfinished)
+
+
+def advance(study: Study, variant: str, seed: int, until: float) -> tuple[bool | None, str] | None:
+    """Train a run from milestone to milestone: `ok` and `why` of a row where it does not get to the end."""
+    study.keep(variant, seed)
+    for milestone in study.milestones:
+        if not study.missing(variant, seed, milestone):
+            continue
+        if (left := until - time.monotonic()) <= 0:
+            return None, "no time left"
+        say(f"training {study.run(variant, seed)} to step {milestone}")
+        code, said = launch(study.arguments(variant, seed, milestone), left)
+        study.keep(variant, seed)
+        if code in (128 + signal.SIGTERM, -signal.SIGTERM):  # the latter before it could save
+            return None, "not finished within the time"
+        if code:
+            return False, f"exit code {code}: {said}"[:200]
+        if missing := study.missing(variant, seed, milestone):
+            steps = ", ".join(map(str, missing))
+            return False, f"no whole checkpoint after step {steps}: remove the run's folder to repeat it"
+    return None
 
 
 def course(run: Path, step: int) -> dict[str, float]:
@@ -157,32 +99,40 @@ def course(run: Path, step: int) -> dict[str, float]:
     return means | {"seconds": lines[-1]["seconds"]}
 
 
+def judged(study: Study, emit: Emit, judge: Judge, variant: str, seed: int, milestone: int) -> dict[str, float]:
+    """A run's figures at a milestone, the means over its checkpoints there. Emits a row each, and one of the means."""
+    run, each = study.run(variant, seed), []
+    for step in study.window(milestone):
+        generator = load(study.kept(variant, seed, step), device=study.device)
+        each.append(judge(torch.cat(list(sample(generator, len(judge.real), SEED))).to(study.device)))
+        emit("quality", f"{run.name}/checkpoint{step}", True, step=step, **each[-1])
+    means = {name: mean(figures[name] for figures in each) for name in MEASURES}
+    about = {"step": milestone, "checkpoints": len(each), **course(run, milestone)}
+    emit("quality", f"{run.name}/step{milestone}", True, **about, **means)
+    return means
+
+
 def measure(study: Study, emit: Emit, judge: Judge) -> None:
-    """Compare the generators there are: a row each, and one a measure and milestone."""
+    """Compare the generators of each milestone that all runs have reached: a row each, and one a measure."""
     about = {"accuracy": judge.accuracy, "labels": "given" if judge.labelled else "which way up"}
     emit("quality", "real", True, samples=len(judge.real), **about, **judge.halves())
-    found: dict[tuple[str, int], list[dict[str, float]]] = {}
-    for step in study.milestones:
-        for variant in VARIANTS:
-            for seed in range(study.seeds):
-                run, saved = study.run(variant, seed), study.saved(variant, seed, step)
-                if saved is None:
-                    continue
-                generator = load(saved, ema=False, device=study.device)
-                figures = judge(torch.cat(list(sample(generator, len(judge.real), SEED))).to(study.device))
-                emit("quality", f"{run.name}/step{step}", True, step=step, **course(run, step), **figures)
-                found.setdefault((variant, step), []).append(figures)
-    for step in study.milestones:
-        fused, eager = (found.get((variant, step), []) for variant in ("fused-bf16", "eager-fp32"))
+    for milestone in study.milestones:
+        runs = {v: [s for s in range(study.seeds) if not study.missing(v, s, milestone)] for v in VARIANTS}
+        there = [len(runs[variant]) for variant in ("fused-bf16", "eager-fp32")]
+        found = {}
+        if min(there) == study.seeds:
+            found = {v: [judged(study, emit, judge, v, seed, milestone) for seed in runs[v]] for v in VARIANTS}
         for name in MEASURES:
-            settings = {"step": step, "seeds": study.seeds, "measure": name}
-            if len(fused) < study.seeds or len(eager) < study.seeds:
-                emit("quality", f"{name}/step{step}", None, f"{len(fused)} + {len(eager)} runs got there", **settings)
+            settings = {"step": milestone, "seeds": study.seeds, "measure": name}
+            if not found:
+                why = f"{there[0]} + {there[1]} runs got there"
+                emit("quality", f"{name}/step{milestone}", None, why, **settings)
                 continue
-            result = compare([figures[name] for figures in fused], [figures[name] for figures in eager])
+            fused, eager = ([figures[name] for figures in found[v]] for v in ("fused-bf16", "eager-fp32"))
+            result = compare(fused, eager)
             ok = {"worse": False, None: None}.get(result["verdict"], True)
             why = {False: "fused is worse than the seeds' spread allows", None: "one seed has no spread"}.get(ok)
-            emit("quality", f"{name}/step{step}", ok, why, **settings, **result)
+            emit("quality", f"{name}/step{milestone}", ok, why, **settings, **result)
 
 
 def quality(bench: Bench, seconds: float) -> None:
@@ -197,7 +147,7 @@ def quality(bench: Bench, seconds: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
         study = Study(images, arch, Path(folder), steps, 3, 64, bench.plan.device)
         judge = Judge(images, study.device)
-        train(study, bench.emit, 0.9 * seconds - (time.monotonic() - began))
+        train(study, bench.emit, 0.75 * seconds - (time.monotonic() - began))
         measure(study, bench.emit, judge)
 
 
@@ -237,6 +187,8 @@ def readme(title: str, environment: dict, rows: list[dict]) -> str:
     return (
         f"# {title}\n\n`python -m bench.quality` at {commit} on {where}, torch {environment['torch']}; load average "
         f"{environment['load_average']:.2f} at the end: on a busy machine the rows' `seconds` of training say little.\n"
+        f"A run's figure is the mean over its last {environment['checkpoints']} checkpoints up to the step, "
+        f"{environment['checkpoint_every']} steps apart.\n"
         f"docs/quality.md says how to read the table.\n\n{table(rows)}\n"
     )
 
@@ -245,6 +197,7 @@ def write(study: Study, rows: list[dict], commit: str | None) -> None:
     """The record and the curves into the study's folder, over those of an earlier call."""
     environment = record.environment(commit) | {"device": study.device.type, "data": study.images.name}
     environment |= {"arch": str(study.arch), "batch_size": study.batch_size}
+    environment |= {"checkpoints": CHECKPOINTS, "checkpoint_every": study.every}
     (study.out / "env.json").write_text(json.dumps(environment, indent=1) + "\n")
     lines = [{key: None if infinite(value) else value for key, value in row.items()} for row in rows]
     (study.out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))

