@@ -75,7 +75,7 @@ cudaStream_t current_stream(const char* op, int32_t device) {
   }();
   STD_TORCH_CHECK(get, op, " needs a torch with CUDA");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  STD_TORCH_CHECK(get(device, &stream) == AOTI_TORCH_SUCCESS, op, " got no stream of cuda:", device);
   return static_cast<cudaStream_t>(stream);
 }
 

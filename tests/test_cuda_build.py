@@ -201,6 +201,14 @@ def test_arch_lists(build):
     assert codes == ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "compute_100"]
 
 
+def test_the_sources_name_no_macro_of_torch_newer_than_2_11():
+    """TORCH_TARGET_VERSION hides newer functions in the headers here, but no macros, such as 2.13's
+    STABLE_TORCH_ERROR_CODE_CHECK."""
+    text = "".join(path.read_text() for path in (ROOT / "csrc").glob("*.[ch]*"))
+    named = set(re.findall(r"\b(?:STD|STABLE|TORCH|AOTI)_[A-Z0-9_]+", text))
+    assert named == {"STD_TORCH_CHECK", "STABLE_TORCH_LIBRARY", "STABLE_TORCH_LIBRARY_IMPL", "AOTI_TORCH_SUCCESS"}
+
+
 def package(folder):
     """A copy of `kernels` without an extension, in a folder to import it from."""
     shutil.copytree(
