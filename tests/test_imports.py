@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,11 @@ def test_kernels_is_ours():
     import kernels
 
     assert Path(kernels.__file__).parent == ROOT / "kernels"
+
+
+def test_every_package_is_installed():
+    """pyproject.toml names them one by one: one left out is missing from an install that is no editable one."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        installed = tomllib.load(file)["tool"]["setuptools"]["packages"]
+    folders = {path.parent for package in ("bench", "dcgan", "kernels") for path in (ROOT / package).rglob("*.py")}
+    assert sorted(installed) == sorted(".".join(folder.relative_to(ROOT).parts) for folder in folders)
