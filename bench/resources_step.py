@@ -84,6 +84,10 @@ def _network(
                     low, high = (y, given) if layer.kind == "conv" else (given, y)
                     job = prepare_wgrad(low, high, pending=pending if ships else [], **options)
                     yield from cases(f"wgrad{way}", job, matrix)
+            if layer.batch_norm and layer.kind == "conv_transpose":  # as sampling runs it
+                state = _meta(4, groups, layer.out_channels, dtype=torch.float32)
+                given = Epilogue(layer.activation, groups=groups, state=state)
+                yield from cases("evaluation", forward(x, weight, given, **options), matrix)
             if before is not None:
                 into = Epilogue(before.activation, groups=groups, saved=x)
                 if before.batch_norm:
@@ -146,7 +150,8 @@ def _others(arch: Arch, batch: int, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def step_cases(arch: Arch, batch: int, sm: int, precision: str = "bf16") -> Iterator[Case]:
-    """Every launch of a training step at `batch` images, in the configuration that ships for capability `sm`.
+    """Every launch of a training step at `batch` images, and of sampling as many, in the configuration that ships for
+    capability `sm`.
 
     A layer's input has its batch norm applied by default in the load where there is an `applied` to choose, and by a
     launch before where there is a `deferred`: a table may choose either.

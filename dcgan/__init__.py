@@ -9,3 +9,14 @@ def load(source, *, ema=True, device="cpu"):
     from dcgan.loading import load
 
     return load(source, ema=ema, device=device)
+
+
+def sampler(source, *, precision="auto", ema=True, device="cpu"):
+    """The same generator for many images: `dcgan.sampler("runs/digits")(torch.randn(10000, 64))`.
+
+    See `dcgan.sampling.Sampler`, which this makes: it has no gradients, and its weights are those of now.
+    """
+    from dcgan.loading import load
+    from dcgan.sampling import Sampler
+
+    return Sampler(load(source, ema=ema, device=device), precision)

@@ -98,11 +98,15 @@ def _bn_act(
 
 
 def _evaluate(kind, x, weight, gamma, beta, running_mean, running_var, settings, eps, backend):
-    """Evaluation mode without gradients: batch norm's scale folded into the weight, one affine pass after it."""
+    """Evaluation mode without gradients: batch norm and activation in the product's epilogue."""
     stride, padding, activation, slope = settings
-    rstd = (running_var + eps).rsqrt()
+    epilogue = Epilogue(activation, slope, state=running_state(gamma, beta, running_mean, running_var, eps))
+    y, _ = engine.forward_product(engine.Shape(kind, stride, padding), x, weight, epilogue, backend)
+    return engine.nchw(y)
+
+
+def running_state(gamma: Tensor, beta: Tensor, running_mean: Tensor, running_var: Tensor, eps: float) -> Tensor:
+    """The batch-norm state (4, 1, C) float32 that the running statistics make."""
+    rstd = (running_var.float() + eps).rsqrt()
     scale = gamma * rstd
-    state = torch.stack([running_mean, rstd, torch.ones_like(scale), beta - running_mean * scale])[:, None]
-    folded = weight * scale.to(weight.dtype).view((-1, 1, 1, 1) if kind == "conv" else (1, -1, 1, 1))
-    y, _ = engine.forward_product(engine.Shape(kind, stride, padding), x, folded, Epilogue(), backend)
-    return engine.nchw(engine.launchers(backend).apply(y, state.contiguous(), activation, slope))
+    return torch.stack([running_mean, rstd, scale, beta - running_mean * scale])[:, None].float().contiguous()

@@ -75,6 +75,8 @@ def forward_product(shape: Shape, x: Tensor, weight: Tensor, epilogue: Epilogue,
     y = nhwc(convolution(x, weight.to(x.dtype), stride=shape.stride, padding=shape.padding))
     if epilogue.statistics:
         return y, launchers(backend).statistics(y, epilogue.groups)
+    if epilogue.state is not None:
+        return launchers(backend).apply(y, epilogue.state, epilogue.activation, epilogue.slope), None
     return reference.activate(y, epilogue.activation, epilogue.slope), None
 
 

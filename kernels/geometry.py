@@ -130,9 +130,10 @@ class Merge(NamedTuple):
 class Epilogue:
     """What a GEMM does with its accumulator before it leaves the registers.
 
-    Forward: apply an activation, or keep the output raw and take its batch-norm statistics. Backward, where the
-    accumulator is the gradient of the previous layer's activated output: multiply it by the activation's derivative,
-    and where that layer has batch norm, also sum g and g·x̂.
+    Forward: apply an activation, or a batch norm whose statistics are known (in evaluation) and then an activation, or
+    keep the output raw and take its batch-norm statistics. Backward, where the accumulator is the gradient of the
+    previous layer's activated output: multiply it by the activation's derivative, and where that layer has batch norm,
+    also sum g and g·x̂.
 
     Args:
         activation: `none`, `relu`, `leaky_relu` or `tanh`: applied to the output, or, with `saved`, differentiated.
@@ -141,7 +142,7 @@ class Epilogue:
         statistics: forward: mean and M2 of each tile's raw output; then `activation` must be `none`.
         saved: backward: what the previous layer kept, shaped as the output: its activated output, or, with `state`,
             its raw convolution output.
-        state: backward: that layer's batch-norm state (4, groups, C) float32 of `STATE`.
+        state: (4, groups, C) float32 of `STATE`: forward, of the batch norm to apply; backward, of the layer below.
         merge: merge the tiles' sums before the launch ends: what is returned beside the output is then the batch-norm
             state, or the means that `apply_grad` subtracts, and not `Partials`. A backend may leave it to its caller.
     """
@@ -156,6 +157,8 @@ class Epilogue:
 
     @property
     def mode(self) -> str:
+        if self.saved is None and self.state is not None:
+            return "batch_norm"
         if self.saved is None:
             return "statistics" if self.statistics else "activation"
         return "activation_grad" if self.state is None else "batch_norm_grad"

@@ -151,7 +151,8 @@ def _entry(kernel: str, first: Tensor, second: Tensor, options: dict[str, Any]) 
         return None
     out = second.shape[0] if kernel == "conv" else second.shape[3]
     epilogue = options.get("epilogue")
-    if kernel == "conv_transpose" and out <= tuning.IMAGE_CHANNELS and epilogue and epilogue.sums:
-        return None  # the table's tiles there are of the kernel onto an image, which takes no sums
+    onto_an_image = kernel == "conv_transpose" and out <= tuning.IMAGE_CHANNELS
+    if onto_an_image and epilogue and epilogue.mode not in ("activation", "activation_grad"):
+        return None  # the table's tiles there are of the kernel onto an image, which knows no batch norm
     precision = tuning.precision_of(first.dtype, options.get("precision") == "tf32")
     return tuning.tile(name, kernel, (first.shape[3], out, first.shape[1]), precision, first.shape[0])

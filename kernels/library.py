@@ -50,6 +50,8 @@ class Products:
         """The epilogue of a raw output y (N, H, W, C); its partials, or what `merge` makes of them."""
         if e.mode == "statistics":
             return y, self.launch.statistics(y, e.groups, e.merge)
+        if e.mode == "batch_norm":
+            return self.launch.apply(y, e.state, e.activation, e.slope), None
         if e.mode != "batch_norm_grad":
             return reference.finish(y, e)
         g, partials = self.launch.activation_grad(y, e.saved, e.state, e.activation, e.slope)

@@ -44,6 +44,8 @@ def finish(y: Tensor, epilogue: Epilogue) -> tuple[Tensor, Partials | Tensor | N
         return y, statistics(y, e.groups, e.merge)
     if e.mode == "activation":
         return activate(y, e.activation, e.slope), None
+    if e.mode == "batch_norm":
+        return apply(y, e.state, e.activation, e.slope), None
     if e.mode == "activation_grad":
         return y * derivative(e.saved, e.activation, e.slope), None
     g, partials = activation_grad(y, e.saved, e.state, e.activation, e.slope)

@@ -19,9 +19,14 @@ def epilogue_of(generator, mode, activation, groups, shape, dtype):
     if mode == "activation":
         return Epilogue(activation, groups=groups)
     saved = tensor(generator, *shape, dtype=dtype)
+    if mode == "batch_norm":
+        return Epilogue(activation, groups=groups, state=fenced(state_of(generator, saved, groups)))
     if mode == "activation_grad":
         return Epilogue(activation, groups=groups, saved=fenced(saved.tanh()) if activation == "tanh" else saved)
-    state = reference.merge_statistics(
-        reference.statistics(saved, groups), *(tensor(generator, shape[3]) for _ in range(2))
-    )
-    return Epilogue(activation, groups=groups, saved=saved, state=fenced(state))
+    return Epilogue(activation, groups=groups, saved=saved, state=fenced(state_of(generator, saved, groups)))
+
+
+def state_of(generator, y, groups):
+    """The batch-norm state of a map, its weight and bias noise."""
+    vectors = (tensor(generator, y.shape[3]) for _ in range(2))
+    return reference.merge_statistics(reference.statistics(y, groups), *vectors)

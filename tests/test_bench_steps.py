@@ -153,16 +153,20 @@ def test_sampling_of_what_is_wrong_is_not_timed(tmp_path, monkeypatch):
     monkeypatch.setitem(sampling.BATCHES, "cpu", (3,))
     bench, rows = bench_of(tmp_path)
     sampling.sampling(bench, 1.0)
-    assert [row["ok"] for row in rows] == [True, True] and bench.summary["sampling_images_per_s"] > 0
+    assert [row["ok"] for row in rows] == [True] * 3 and bench.summary["sampling_images_per_s"] > 0
+    assert rows[2]["over_example"] > 0 and rows[2]["over_library"] > 0
 
-    def spoil(model):
-        model.main[0].weight.data *= 1.5
+    class Spoilt(sampling.Sampler):
+        def __init__(self, generator, precision):
+            generator.main[0].weight.data *= 1.5
+            super().__init__(generator, precision)
 
-    monkeypatch.setattr(sampling.kernels, "fuse", spoil)
+    monkeypatch.setattr(sampling, "Sampler", Spoilt)
     bench, rows = bench_of(tmp_path / "..")
     sampling.sampling(bench, 1.0)
     found = {row["ours"]: row for row in rows}
-    assert found["fused"]["ok"] is False and "differ by" in found["fused"]["why"] and "p50_ms" not in found["fused"]
+    assert len(rows) == 3 and found["fused"]["ok"] is False
+    assert "differ by" in found["fused"]["why"] and "p50_ms" not in found["fused"]
     assert found[""]["ok"] and "sampling_images_per_s" not in bench.summary
 
 

@@ -39,6 +39,47 @@ def test_separate_files(trained, tmp_path):
     assert Image.open(tmp_path / "many" / "000000.png").size == (16, 16)
 
 
+def test_an_array_holds_the_pictures_of_the_folder(trained, tmp_path):
+    """Over several pieces, and in another precision nearly the same ones."""
+    assert run(trained, "--n", 150, "--out", tmp_path / "many") == 0
+    for precision in ("fp32", "bf16"):
+        path = tmp_path / "sub" / f"{precision}.npy"
+        assert run(trained, "--n", 150, "--precision", precision, "--out", path) == 0
+    exact, rounded = (np.load(tmp_path / "sub" / f"{precision}.npy").astype(int) for precision in ("fp32", "bf16"))
+    assert exact.shape == (150, 16, 16, 1)
+    assert sorted(p.name for p in (tmp_path / "sub").iterdir()) == ["bf16.npy", "fp32.npy"]
+    for i in (0, 63, 64, 149):
+        assert (np.array(Image.open(tmp_path / "many" / f"{i:06d}.png")) == exact[i, :, :, 0]).all()
+    assert 0 < np.abs(exact - rounded).mean() < 2
+
+
+def test_an_array_that_cannot_be_finished_leaves_nothing(trained, tmp_path, monkeypatch):
+    (tmp_path / "old.npy").write_bytes(b"as it was")
+
+    def full(piece):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(generate, "to_uint8", full)
+    assert run(trained, "--n", 3, "--out", tmp_path / "old.npy") == 2
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("old.npy", b"as it was")]
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--precision", "tf32"), ("--precision", "bf16", "--batch-stats"), ("--out", "a.npz")]
+)
+def test_what_sampling_cannot_do_is_refused(trained, tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    assert run(trained, "--n", 3, *arguments) == 2
+    assert arguments[0] in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_sampler_of_a_run(trained):
+    z = torch.randn(5, 8)
+    sampler = dcgan.sampler(trained, precision="fp32")
+    with torch.no_grad():
+        torch.testing.assert_close(sampler(z), dcgan.load(trained)(z), rtol=0, atol=1e-5)
+
+
 def sampled(generator, n):
     return torch.cat(list(generate.sample(generator, n, seed=0)))
 

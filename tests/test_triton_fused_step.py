@@ -12,6 +12,7 @@ import torch
 from interpreter import only_interpreted
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dcgan import sampling
 from dcgan.arch import Arch
 from dcgan.fused import FusedStep
 from dcgan.model import Discriminator, Generator
@@ -164,3 +165,16 @@ def test_the_kernels_of_a_step_are_accounted_for(monkeypatch):
     assert library == ["mm.default", "_to_copy.default", "_to_copy.default", "mm.out", "add.Tensor", "stack.default"]
     on_gpu = len(library) - 2  # where a product of bfloat16 is float32 without casts
     assert len(triton) + on_gpu + len(("gather", "sums")) == 63
+
+
+def test_samples_of_the_generator():
+    """By one kernel a layer, batch norm by running statistics in its epilogue."""
+    generator = networks(ARCHES["16×16 RGB"])[0]
+    for norm in (m for m in generator.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        norm.momentum = 1.0
+    z = torch.randn(6, 5, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        generator(z)
+        sampler = sampling._OnGpu(generator, torch.float32, "fp32")
+        sampler.launch = launchers("triton")
+        torch.testing.assert_close(sampler.run(z[:3]), generator.eval()(z[:3]), rtol=0, atol=1e-5)

@@ -30,7 +30,7 @@ from kernels._triton.conv_transpose import prepare_conv_transpose  # noqa: E402
 
 PREPARE = {"conv": prepare_conv, "conv_transpose": prepare_conv_transpose}
 TWIN = {"conv": reference.conv, "conv_transpose": reference.conv_transpose}
-MODES = ("activation", "statistics", "activation_grad", "batch_norm_grad")
+MODES = ("activation", "batch_norm", "statistics", "activation_grad", "batch_norm_grad")
 
 
 def deferred(generator, y, groups, activation):
@@ -144,9 +144,9 @@ def test_batch_norm_in_the_load_of_few_channels():
 
 EPILOGUES = [("statistics", "none")] + [
     (mode, activation)
-    for mode in ("activation", "activation_grad", "batch_norm_grad")
+    for mode in ("activation", "batch_norm", "activation_grad", "batch_norm_grad")
     for activation in ("none", "relu", "leaky_relu", "tanh")
-    if (mode, activation) != ("batch_norm_grad", "tanh")
+    if not (mode.startswith("batch_norm") and activation == "tanh")
 ]
 
 
@@ -280,7 +280,9 @@ X, WEIGHT, Y = zeros(2, 8, 8, 16), zeros(24, 4, 4, 16), zeros(2, 4, 4, 24)
         (lambda: prepare_conv(X, WEIGHT, Epilogue("gelu")), "activation is 'gelu'"),
         (lambda: prepare_conv(X, WEIGHT, Epilogue("relu", statistics=True)), "statistics=True is of a raw output"),
         (lambda: prepare_conv(X, WEIGHT, Epilogue(saved=Y[:1])), "saved has shape"),
-        (lambda: prepare_conv(X, WEIGHT, Epilogue(state=zeros(4, 1, 24))), "state is given without saved"),
+        (lambda: prepare_conv(X, WEIGHT, Epilogue(statistics=True, state=zeros(4, 1, 24))), "tensor and no state"),
+        (lambda: prepare_conv(X, WEIGHT, Epilogue("tanh", state=zeros(4, 1, 24))), "activation is 'tanh'"),
+        (lambda: prepare_conv(X, WEIGHT, Epilogue(state=zeros(4, 1, 16))), r"state has shape .* \(4, 1, 24\)"),
         (lambda: prepare_conv(X, WEIGHT, Epilogue("tanh", saved=Y, state=zeros(4, 1, 24))), "activation is 'tanh'"),
         (lambda: prepare_conv(X, WEIGHT, config=box(32, 4, 4, 16, 32, True)), "must be a multiple of depth"),
         (lambda: prepare_conv(zeros(4097)[1:].view(4, 8, 8, 16), WEIGHT), "must be 16-byte aligned"),
@@ -316,7 +318,7 @@ def any_conv(kind):
             out, tma = 1 + out % 4, tma and mode.startswith("activation")  # an image
         if mode == "statistics":
             activation = "none"
-        elif mode == "batch_norm_grad" and activation == "tanh":
+        elif mode.startswith("batch_norm") and activation == "tanh":
             activation = "relu"
         if groups * images * height * width < 2:
             images = 2

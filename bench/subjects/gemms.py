@@ -97,6 +97,8 @@ def epilogue_of(use: Use, shape: tuple[int, ...], noise: Noise, precision: str) 
         return Epilogue(statistics=True, groups=use.groups, merge=merge)
     if use.mode == "activation":
         return Epilogue(use.activation, groups=use.groups)
+    if use.mode == "batch_norm":
+        return Epilogue(use.activation, groups=use.groups, state=random_state(noise, use.groups, shape[3]))
     saved = noise(*shape)
     if use.mode == "activation_grad":
         saved = saved.tanh_() if use.activation == "tanh" else off_the_kink(saved, saved, precision)

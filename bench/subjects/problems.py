@@ -12,7 +12,7 @@ from dcgan.arch import Arch
 from kernels import dispatch, tuning
 from kernels.geometry import Layer
 
-MODES = ("activation", "statistics", "activation_grad", "batch_norm_grad")
+MODES = ("activation", "batch_norm", "statistics", "activation_grad", "batch_norm_grad")
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def check_epilogue(epilogue: Epilogue, out: Tensor, images: int) -> None:
         )
     if epilogue.state is not None:
         if epilogue.saved is None:
-            raise ValueError("state is given without saved: the batch-norm derivative needs the raw output")
+            raise ValueError("state is given without saved: the extension's epilogues apply no batch norm")
         if epilogue.activation == "tanh":
             raise ValueError("activation is 'tanh': after batch norm, accepted are none, relu and leaky_relu")
         check_tensor("state", epilogue.state, (4, epilogue.groups, out.shape[3]), torch.float32, out)

@@ -104,7 +104,7 @@ def prepare_conv_transpose(
     y = x.new_empty(shape) if out is None else out
     check_tensor("out", y, shape, x.dtype, x)
     check_epilogue(epilogue, y, images)
-    if channels <= IMAGE_CHANNELS and not epilogue.sums:
+    if channels <= IMAGE_CHANNELS and epilogue.mode in ("activation", "activation_grad"):
         return image_job(given, weight, y, epilogue, precision, arch, config)
     per_group = images // epilogue.groups
     c = config or conv_config(

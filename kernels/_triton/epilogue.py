@@ -1,8 +1,9 @@
 """What a GEMM does with its fp32 accumulator before it leaves the registers; shared by conv and conv_transpose.
 
-Forward: apply an activation, or keep the output raw and take its batch-norm statistics. Backward: the accumulator is
-the gradient of the previous layer's activated output a; multiply it by the derivative of the activation, and where
-that layer has batch norm also sum g and g·x̂, which its backward and its weight and bias gradients need.
+Forward: apply an activation, or a batch norm whose statistics are known and an activation, or keep the output raw and
+take its batch-norm statistics. Backward: the accumulator is the gradient of the previous layer's activated output a;
+multiply it by the derivative of the activation, and where that layer has batch norm also sum g and g·x̂, which its
+backward and its weight and bias gradients need.
 """
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from kernels.geometry import Epilogue, Partials, check_tensor
 
-PART_COLUMNS = {"statistics": 64, "activation": 64, "activation_grad": 32, "batch_norm_grad": 32}
+PART_COLUMNS = {"statistics": 64, "activation": 64, "batch_norm": 64, "activation_grad": 32, "batch_norm_grad": 32}
 """Columns finished at a time. Compiled for sm_90, `batch_norm_grad` on a 128×128 tile takes 237 registers whole, 178 by
 64 columns and 138 by 32; on a 128×256 tile it spills 536 bytes whole and nothing by 64. Statistics: 254, 181, 171."""
 
@@ -23,15 +24,14 @@ def check_epilogue(epilogue: Epilogue, out: Tensor, images: int) -> None:
         raise ValueError(f"groups is {epilogue.groups}: it must divide the batch of {images}")
     if epilogue.activation not in ("none", "relu", "leaky_relu", "tanh"):
         raise ValueError(f"activation is {epilogue.activation!r}: accepted are none, relu, leaky_relu and tanh")
-    if epilogue.statistics and (epilogue.activation != "none" or epilogue.saved is not None):
-        raise ValueError("statistics=True is of a raw output: it takes activation='none' and no saved tensor")
+    given = (epilogue.saved, epilogue.state)
+    if epilogue.statistics and (epilogue.activation != "none" or any(tensor is not None for tensor in given)):
+        raise ValueError("statistics=True is of a raw output: it takes activation='none', no saved tensor and no state")
     if epilogue.merge is not None and not epilogue.sums:
         raise ValueError(
             "merge is given where the epilogue takes no sums: it needs statistics=True, or saved and state"
         )
     if epilogue.state is not None:
-        if epilogue.saved is None:
-            raise ValueError("state is given without saved: the batch-norm derivative needs the raw output")
         if epilogue.activation == "tanh":
             raise ValueError("activation is 'tanh': after batch norm, accepted are none, relu and leaky_relu")
         check_tensor("state", epilogue.state, (4, epilogue.groups, out.shape[3]), torch.float32, out)
@@ -132,6 +132,11 @@ def finish_part(
         tl.store(counts + group * tiles + tile, n)  # every column tile writes the same number
     elif MODE == "activation":
         acc = activate(acc, ACTIVATION, SLOPE)
+    elif MODE == "batch_norm":
+        at = group * C + columns
+        scale = tl.load(state + 2 * groups * C + at, mask=inside, other=0.0)
+        shift = tl.load(state + 3 * groups * C + at, mask=inside, other=0.0)
+        acc = activate(acc * scale[None, :] + shift[None, :], ACTIVATION, SLOPE)
     else:
         kept = tl.load(saved + offsets, mask=mask, other=0.0).to(tl.float32)
         if MODE == "activation_grad":
