@@ -239,7 +239,7 @@ def test_every_check_planned_for_a_gpu_can_be_made_and_compiled_from_here(monkey
     for work, config in (*jobs[:: len(jobs) // 60], *onto_images[::4]):
         assert launches_of(work, config, 90), work
     uses = {str(use) for use in claims.USES}
-    assert len(uses) == 32 and "batch_norm_grad relu g2 merged" in uses and str(Use()) in uses
+    assert len(uses) == 38 and "batch_norm_grad relu g2 merged" in uses and str(Use()) in uses
     for path in PATHS:
         assert any(f"batch_norm_grad leaky_relu g2 merged {path}" in name for name in names)
 
@@ -259,7 +259,7 @@ def test_every_tile_of_the_extension_is_checked(monkeypatch):
 
 def test_a_tuned_tile_of_the_extension_is_checked_too(monkeypatch):
     entry = tuning.Entry((64, 128, 32), 256, "cuda", CudaConfig(128, 2))
-    monkeypatch.setattr(tuning, "load", lambda name: (tuning.Table({}, {("conv", "bf16"): (entry,)}, {}), ""))
+    monkeypatch.setattr(tuning, "load", lambda name: (tuning.Table({}, {("conv", "bf16"): (entry,)}, {}, {}), ""))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     scope = claims.Scope(PRESETS["dcgan64"].arch, torch.device("cuda"), (2,), ("bf16",), 2, {})
     planned = list(claims.tuned(scope, claims.Kept()))

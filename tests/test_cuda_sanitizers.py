@@ -30,9 +30,11 @@ PLANTED = {
 
 USE = """
 import ctypes, sys
+class Stream(ctypes.Structure):
+    _fields_ = (("at", ctypes.c_void_p), ("dependent", ctypes.c_bool))
 lib, channels = ctypes.CDLL(sys.argv[1]), int(sys.argv[2])
 y, values, counts = (ctypes.create_string_buffer(4 * n) for n in (64 * channels, 2 * channels, 1))
-stream, i64 = ctypes.c_void_p(1), ctypes.c_int64
+stream, i64 = Stream(1, False), ctypes.c_int64
 print("error", lib.bn_statistics(stream, y, values, counts, i64(0), i64(64), i64(1), i64(channels), i64(256)))
 """
 

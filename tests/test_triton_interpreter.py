@@ -1,6 +1,11 @@
-"""Runs the interpreted tests of the Triton kernels, a process a file, as many at a time as there are cores."""
+"""Runs the interpreted tests of the Triton kernels, a process a file.
+
+They are begun with the session (conftest.py) and run beside the other tests, on cores that these leave idle: most tests
+have one thread. The longest come first. Alone they have all cores.
+"""
 
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +16,11 @@ from interpreter import INTERPRETED
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
-FILES = sorted(path.name for path in HERE.glob("test_triton_*.py") if path.name != Path(__file__).name)
+LONGEST = [f"test_triton_{name}.py" for name in ("wgrad", "gemm", "merge", "fused_step")]
+FILES = sorted(
+    (path.name for path in HERE.glob("test_triton_*.py") if path.name != Path(__file__).name),
+    key=lambda name: (name not in LONGEST, LONGEST.index(name) if name in LONGEST else name),
+)
 SECONDS = {"not long": 900, "long": 6 * 3600}
 
 if INTERPRETED:
@@ -20,25 +29,32 @@ if INTERPRETED:
 
 def run_file(name, marks):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", marks, str(HERE / name)]
+    if shutil.which("nice"):
+        command = ["nice", "-n", "5", *command]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         command, cwd=HERE.parent, env=environment, capture_output=True, text=True, timeout=SECONDS[marks]
     )
 
 
-@pytest.fixture(scope="module")
-def results(request):
-    """Of the files that were asked for, by file and marks; begun together."""
-    wanted = [item.callspec.params for item in request.session.items if item.path == Path(__file__)]
-    pool = ThreadPoolExecutor(os.cpu_count())
-    yield {(p["name"], p["marks"]): pool.submit(run_file, p["name"], p["marks"]) for p in wanted}
-    pool.shutdown(cancel_futures=True)
+BEGUN = {}
+"""Results to be, by file and marks."""
+
+
+def begin(session):
+    """Begin with those of the files that a session asks for."""
+    ours = [item for item in session.items if item.path == Path(__file__)]
+    alone = len(ours) == len(session.items)
+    pool = ThreadPoolExecutor(max(1, os.cpu_count() - (not alone)))
+    for parameters in (item.callspec.params for item in ours):
+        BEGUN[parameters["name"], parameters["marks"]] = pool.submit(run_file, parameters["name"], parameters["marks"])
+    return pool
 
 
 @pytest.mark.parametrize("marks", ["not long", pytest.param("long", marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", FILES)
-def test_file(results, name, marks):
-    done = results[name, marks].result()
+def test_file(name, marks):
+    done = BEGUN[name, marks].result()
     if marks == "long" and done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
         pytest.skip("no long counts")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -40,6 +40,7 @@ def epilogues(noise: Noise, shape: tuple[int, ...], dtype: torch.dtype) -> list[
     norm = Merge(weight, bias, mean, var, torch.zeros((), dtype=torch.int64).to(saved.device))
     return [
         Epilogue("leaky_relu", groups=GROUPS),
+        Epilogue("relu", groups=GROUPS, state=state),
         Epilogue(statistics=True, groups=GROUPS),
         Epilogue("leaky_relu", groups=GROUPS, saved=saved),
         Epilogue("relu", groups=GROUPS, saved=saved, state=state),
