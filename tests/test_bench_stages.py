@@ -1,5 +1,6 @@
 """The stages that run other processes: what they count, what they start anew, what they keep of a cut run."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -25,9 +26,27 @@ def test_parity_runs_tests_and_reports_what_pytest_counted(tmp_path, monkeypatch
     good.write_text("def test_a():\n    pass\n")
     bad.write_text("def test_b():\n    assert False\n")
     monkeypatch.setattr(stages, "_parity_process", lambda file, seconds, environment: None)
-    monkeypatch.setattr(stages, "TESTS", (str(good), str(bad), str(tmp_path / "test_none.py")))
+    monkeypatch.setattr(stages, "TESTS", {"cpu": (str(good), str(bad), str(tmp_path / "test_none.py"))})
     rows = suite.run(tmp_path / "out", PLAN, ["parity"], minutes=1.0)
     assert [(row["ok"], row.get("passed"), row.get("failed")) for row in rows] == [(True, 1, None), (False, None, 1)]
+
+
+def test_on_a_gpu_whole_steps_come_first_their_kernels_compiled_ahead(tmp_path, monkeypatch):
+    did, writer = [], suite.Writer(tmp_path / "rows.jsonl")
+    bench = Bench(replace(PLAN, device=torch.device("cuda")), tmp_path, writer.emit, Telemetry(PLAN.device))
+    monkeypatch.setattr(ladder, "can_depend", lambda device: True)
+    monkeypatch.setattr(stages.ahead, "compile_steps", lambda bench, stage, jobs: did.append(jobs))
+    monkeypatch.setattr(stages, "run_tests", lambda bench, tests, seconds: did.append((tests, seconds)))
+    monkeypatch.setattr(stages, "_parity_process", lambda file, seconds, environment: did.append(seconds))
+    stages.parity(bench, 100.0)
+    jobs, (captured, seconds), _, rest = did
+    assert captured == "tests/test_captured_step.py" and 39 < seconds <= 40 and 99 < rest <= 100
+    arch, batches, large, images = stages.CAPTURED
+    assert {(job[0], job[1]) for job in jobs} == {(arch, n) for n in batches} | {(large, images)}
+    assert len(set(jobs)) == len(jobs) == 4 * 2 * len(batches) + 1
+    test = importlib.import_module("test_captured_step")
+    assert arch == test.ARCH and sorted({rung.precision for _, _, rung in jobs}) == sorted(test.PRECISIONS)
+    assert set(batches) == {8, 22 % 8}, "of test_captured_step.Run"
 
 
 PARITY_ROWS = [
@@ -46,7 +65,7 @@ def test_parity_counts_a_section_and_names_what_is_wrong(tmp_path, monkeypatch):
             file.write_text("".join(json.dumps(row) + "\n" for row in PARITY_ROWS))
 
     monkeypatch.setattr(stages, "_parity_process", process)
-    monkeypatch.setattr(stages, "TESTS", ())
+    monkeypatch.setattr(stages, "TESTS", {"cpu": ()})
     rows = {row["name"]: row for row in suite.run(tmp_path / "out", PLAN, ["parity"], minutes=1.0)}
     assert rows["numbers/triton/bf16"]["why"] == "1 of 2 are wrong" and rows["numbers/triton/bf16"]["checked"] == 2
     assert rows["numbers/triton/bf16"]["worst_error_over_allowed"] == 3.0

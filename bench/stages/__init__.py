@@ -19,24 +19,30 @@ from bench.group import Bench, Group
 from bench.peers import jax_peer, ladder
 from bench.peers.ladder import EXAMPLE, Rung
 from bench.stages import ahead
-from dcgan.arch import PRESETS
+from dcgan.arch import PRESETS, Arch
 from dcgan.config import fast_bf16
 from kernels import tuning
 
-TESTS = ("tests/test_fused_step.py",)
-GPU_TESTS = ("tests/test_captured_step.py", "tests/test_bench_ladder.py")
-"""What else parity runs: tests of whole steps; the second list where there is a GPU."""
+TESTS = {"cpu": ("tests/test_fused_step.py",), "cuda": ("tests/test_captured_step.py", "tests/test_sampling.py")}
+"""What else parity runs, by device: tests of whole steps, and of sampling. The ladder's rungs are verified as they are
+timed."""
+CAPTURED = Arch(image_size=32, nz=16, ngf=32, ndf=32), (8, 6), Arch(), 64
+"""What tests/test_captured_step.py trains: a small network, its two batches, and one step of a large one."""
 
 STARTS = 5
 """How often a run of parity that ends its own process is started anew."""
 
 
 def parity(bench: Bench, seconds: float) -> None:
-    """Every kernel and op against float64, in processes of its own, which may die of what they find; then the tests of
-    whole steps. All rows go to `parity.jsonl`; here a count a section, recipe and precision, and what is wrong."""
+    """Every kernel and op against float64, in processes of its own, which may die of what they find, and the tests of
+    whole steps; on a GPU these come first, being what a run depends on. All rows go to `parity.jsonl`; here a count a
+    section, recipe and precision, and what is wrong."""
     began, file = time.monotonic(), bench.out / "parity.jsonl"
-    share, environments = 0.75, [{}]
-    if bench.plan.device.type == "cpu":  # Triton's kernels in the interpreter, and PyTorch's own
+    share, environments = 1.0, [{}]
+    if bench.plan.device.type == "cuda":
+        ahead.compile_steps(bench, "parity", captured_jobs(bench))
+        whole_steps(bench, seconds * 0.4)
+    else:  # Triton's kernels in the interpreter, and PyTorch's own
         share, environments = 0.5, [{"TRITON_INTERPRET": "1"}, {"TRITON_INTERPRET": "0"}]
     rows: list[dict[str, Any]] = []
     for done, environment in enumerate(environments):
@@ -46,9 +52,24 @@ def parity(bench: Bench, seconds: float) -> None:
         rows = [row for row in rows if row["ok"] is None] + found
     for row in counted(rows):
         bench.emit("parity", **row)
-    for tests in (*TESTS, *(GPU_TESTS if bench.plan.device.type == "cuda" else ())):
+    if bench.plan.device.type != "cuda":
+        whole_steps(bench, seconds - (time.monotonic() - began))
+
+
+def whole_steps(bench: Bench, seconds: float) -> None:
+    """The tests of `TESTS`, each in a process of its own."""
+    began = time.monotonic()
+    for tests in TESTS[bench.plan.device.type]:
         if (record.ROOT / tests).exists():
             run_tests(bench, tests, seconds - (time.monotonic() - began))
+
+
+def captured_jobs(bench: Bench) -> list[ahead.Job]:
+    """The steps whose kernels tests/test_captured_step.py would compile one after the other."""
+    small, batches, large, images = CAPTURED
+    ways = (False, True) if ladder.can_depend(bench.plan.device) else (False,)
+    rungs = [Rung(name, ours="fused", dependent=way) for name in ("bf16", "fp32", "tf32", "fp16") for way in ways]
+    return [(small, n, rung) for rung in rungs for n in batches] + [(large, images, rungs[0])]
 
 
 def whole_rows(text: str) -> list[dict[str, Any]]:
