@@ -70,14 +70,14 @@ class Sampler:
 
 
 def layers_of(generator: Generator) -> list[tuple[Layer, Tensor, Tensor | None]]:
-    """Each layer with its weight, and the batch-norm state (4, 1, C) float32 of its running statistics."""
+    """Each layer with its weight, a copy, and the batch-norm state (4, 1, C) float32 of its running statistics."""
     convolutions = [m for m in generator.main if isinstance(m, nn.ConvTranspose2d)]
     norms = iter([m for m in generator.main if isinstance(m, nn.BatchNorm2d)])
     found = []
     for layer, convolution in zip(generator.arch.generator, convolutions, strict=True):
         norm = next(norms) if layer.batch_norm else None
         state = norm and running_state(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
-        found.append((layer, convolution.weight.detach(), state))
+        found.append((layer, convolution.weight.detach().clone(), state))
     return found
 
 

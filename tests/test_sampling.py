@@ -70,12 +70,15 @@ def test_it_is_of_the_moment_and_of_running_statistics(generator):
     z = noise(generator.arch, 5)
     with torch.no_grad():
         exact = generator(z)
-    sampler = Sampler(generator.train(), "fp32")
+    sampler, gpu = Sampler(generator.train(), "fp32"), sampling._OnGpu(generator, torch.float32, "fp32")
+    gpu.launch, gpu.options = reference, {}
     for module in generator.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean += 1
-    generator.main[0].weight.data.zero_()
+    for parameter in generator.parameters():
+        parameter.data.zero_()
     torch.testing.assert_close(sampler(z), exact, rtol=0, atol=1e-5)
+    torch.testing.assert_close(gpu.run(z), exact, rtol=0, atol=1e-5)
 
 
 def test_the_launches_of_a_gpu_over_their_twins(generator):
