@@ -17,10 +17,6 @@
 // `static` shared memory keeps what the block before left, as on a GPU.
 #pragma once
 
-#ifndef __x86_64__
-#include <ucontext.h>
-#endif
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -34,12 +30,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "host_fiber.h"
 #include "host_float.h"
-
-#ifdef __SANITIZE_ADDRESS__
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#endif
 
 #define __global__
 #define __device__
@@ -93,55 +85,6 @@ struct Queue {
   }
   bool idle() const { return open.empty() && groups.empty(); }
 };
-
-// A place to go on from, on a stack of its own, and the way there. On x86-64 without the system call that swapcontext
-// makes for the signal mask, which would be half of a run's time.
-#ifdef __x86_64__
-struct Place {
-  void** top;  // of the stack, with the registers that a call keeps and where to return to (System V ABI)
-};
-
-extern "C" void host_switch(void*** from, void** to);
-asm(R"(
-.text
-.weak host_switch
-.type host_switch, @function
-host_switch:
-  push %rbp
-  push %rbx
-  push %r12
-  push %r13
-  push %r14
-  push %r15
-  mov %rsp, (%rdi)
-  mov %rsi, %rsp
-  pop %r15
-  pop %r14
-  pop %r13
-  pop %r12
-  pop %rbx
-  pop %rbp
-  ret
-)");
-
-inline void go(Place& from, Place& to) { host_switch(&from.top, to.top); }
-
-inline void start_at(Place& place, char* stack, size_t bytes, void (*main)()) {
-  place.top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack + bytes) / 16 * 16) - 8;
-  std::fill(place.top, place.top + 8, nullptr);
-  place.top[6] = reinterpret_cast<void*>(main);
-}
-#else
-using Place = ucontext_t;
-
-inline void go(Place& from, Place& to) { swapcontext(&from, &to); }
-
-inline void start_at(Place& place, char* stack, size_t bytes, void (*main)()) {
-  getcontext(&place);
-  place.uc_stack.ss_sp = stack, place.uc_stack.ss_size = bytes;
-  makecontext(&place, main, 0);
-}
-#endif
 
 struct Thread {
   Place place;
@@ -205,26 +148,13 @@ inline void poison(void* at, size_t bytes) { std::memset(at, 0xff, bytes); }  //
   std::abort();
 }
 
-inline void start_switch([[maybe_unused]] void** fake, [[maybe_unused]] const void* stack, [[maybe_unused]] size_t n) {
-#ifdef __SANITIZE_ADDRESS__
-  __sanitizer_start_switch_fiber(fake, stack, n);
-#endif
-}
-
-inline void finish_switch([[maybe_unused]] void* fake, [[maybe_unused]] bool to_fiber) {
-#ifdef __SANITIZE_ADDRESS__
-  __sanitizer_finish_switch_fiber(
-      fake, to_fiber ? &state.scheduler_stack : nullptr, to_fiber ? &state.scheduler_bytes : nullptr);
-#endif
-}
-
 // From a thread back to the scheduler, until that comes back to it (never, once it has ended).
 inline void yield() {
   Thread& me = state.self();
   void* fake = nullptr;
-  start_switch(me.state == Thread::ENDED ? nullptr : &fake, state.scheduler_stack, state.scheduler_bytes);
+  leave_for(me.state == Thread::ENDED ? nullptr : &fake, state.scheduler_stack, state.scheduler_bytes);
   go(me.place, state.scheduler);
-  finish_switch(fake, true);
+  come_back(fake, &state.scheduler_stack, &state.scheduler_bytes);
 }
 
 // Let the others have a turn, while this thread waits for what one of them will do.
@@ -260,7 +190,7 @@ inline void hand_on(Queue& queue, std::function<void()> work) {
 }
 
 inline void thread_main() {
-  finish_switch(nullptr, true);
+  come_back(nullptr, &state.scheduler_stack, &state.scheduler_bytes);
   (*state.body)();
   if (!state.self().copies.idle() || !state.self().products.idle()) fail("a thread ends before what it handed on", 0);
   state.self().state = Thread::ENDED;
@@ -270,9 +200,9 @@ inline void thread_main() {
 inline void resume(int t) {
   state.current = t, state.rank = t / state.count, state.shared = state.blocks[state.rank].shared;
   void* fake = nullptr;
-  start_switch(&fake, state.threads[t].stack.get(), STACK_BYTES);
+  leave_for(&fake, state.threads[t].stack.get(), STACK_BYTES);
   go(state.scheduler, state.threads[t].place);
-  finish_switch(fake, false);
+  come_back(fake, nullptr, nullptr);
 }
 
 // Let those that wait at a barrier, threads from `first` on, go on once all that have not ended are there.
