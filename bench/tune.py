@@ -22,22 +22,20 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import record, verify
+from bench import record
 from bench.group import one_line
-from bench.peers import ladder
 from bench.stages import ahead
 from bench.subjects.accuracy import Subject, arithmetic
 from bench.subjects.problems import Read, Use
 from bench.timing import cold_ms, interleave
 from bench.tuning import inputs
-from bench.tuning.choices import Entry, Steps, best, entries, in_use, reads, steps
+from bench.tuning.choices import Entry, best, entries, in_use, reads
 from bench.tuning.lab import (
     DeviceLab,
     Shape,
@@ -50,6 +48,7 @@ from bench.tuning.lab import (
 )
 from bench.tuning.precompile import Compiler
 from bench.tuning.search import EXTENSION, LIBRARY, Choice, Journal, Table, search
+from bench.tuning.steps import Steps, compile_ahead, steps, times_us
 from dcgan.arch import PRESETS, Arch
 from dcgan.errors import InputError, RunError, run_command
 from dcgan.flags import Parser
@@ -57,9 +56,6 @@ from kernels import tuning
 
 DRY_ARCH = 90
 """Whose candidates a dry run names where there is no GPU."""
-
-STEP_ROUNDS = 31
-"""Of timing a step: the ways differ by a few per cent."""
 
 CHUNK = 6
 """Shapes whose candidates are compiled together; nothing is timed meanwhile."""
@@ -174,50 +170,14 @@ class Tuner:
             for done, steps in enumerate(remaining):
                 if not self.left():
                     return len(remaining) - done
-                self.compile_ahead(steps)
-                times = self.step_us(steps)
+                if self.capability == ahead.TILES_OF:
+                    compile_ahead(steps, self.table.header["device"], self.compiler)
+                times = times_us(steps, self.device, self.journal, self.say)
                 way = best(times, "plain", 0.0)
                 if way:
                     self.table.put_launch(steps.name, steps.precision, steps.images, way, times)
                 self.say(f"{steps.name}: {fastest_first(times)}{f'; {way}' if way else ''}")
         return 0
-
-    def compile_ahead(self, steps: Steps) -> None:
-        """A step's kernels on all cores, both ways; what fails will fail, and say why, at its launch."""
-        if self.capability == ahead.TILES_OF:
-            jobs = tuple((steps.arch, steps.images, replace(rung, graph=False)) for rung in steps.rungs().values())
-            rest, workers = (jobs, self.table.header["device"]), self.compiler.workers
-            self.compiler.compile(
-                ahead.share_of_table, [(str(tuning.FOLDER), *rest, worker, workers) for worker in range(workers)]
-            )
-
-    def step_us(self, steps: Steps) -> dict[str, float]:
-        """A captured step of each way that trains as the reference does."""
-        expected = verify.oracle(steps.arch, steps.images, self.device)
-        calls = {}
-        for way, rung in steps.rungs().items():
-            name, why = f"{steps.name} {way}", ladder.unavailable(rung, steps.arch, self.device)
-            if name in self.journal.blamed:
-                why = "it ended the process"
-            if not why:
-                self.journal.begin(name)
-                try:
-                    runner = ladder.build(rung, steps.arch, expected.start, self.device, steps.images)
-                    why = verify.verdict(
-                        verify.differences(runner, expected), verify.tolerance_class(rung.precision, self.device)
-                    )
-                    calls[way] = partial(runner, *expected.data[0])
-                except Exception as error:  # whatever a launch or a capture raises is the way's reason
-                    why = one_line(error)
-                torch.cuda.synchronize(self.device)
-                self.journal.end(name)
-            if why:
-                calls.pop(way, None)
-                self.say(f"{name}: {why}")
-        if not calls:
-            return {}
-        timed = interleave(calls, STEP_ROUNDS, 1, self.device, None)
-        return {way: timed.p50_ms(way) * 1e3 for way in calls}
 
     def ops(self, wanted: list[Entry]) -> int:
         """Decide the recipe of public ops as a whole, on the tiles found; returns how many were not reached."""

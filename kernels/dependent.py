@@ -19,13 +19,26 @@ there waiting. Whether that gains is the device's to say: the tuned table has th
 and without one nothing is launched so. Not yet run on a GPU.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 CAPABILITY = (9, 0)
 """From which on a GPU can."""
 
 _asked = False
+
+
+def able(device: torch.device) -> bool:
+    """Whether a device can."""
+    import torch
+
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= CAPABILITY
 
 
 def asked() -> bool:

@@ -34,7 +34,7 @@ def test_parity_runs_tests_and_reports_what_pytest_counted(tmp_path, monkeypatch
 def test_on_a_gpu_whole_steps_come_first_their_kernels_compiled_ahead(tmp_path, monkeypatch):
     did, writer = [], suite.Writer(tmp_path / "rows.jsonl")
     bench = Bench(replace(PLAN, device=torch.device("cuda")), tmp_path, writer.emit, Telemetry(PLAN.device))
-    monkeypatch.setattr(ladder, "can_depend", lambda device: True)
+    monkeypatch.setattr(stages.dependent, "able", lambda device: True)
     monkeypatch.setattr(stages.ahead, "compile_steps", lambda bench, stage, jobs: did.append(jobs))
     monkeypatch.setattr(stages, "run_tests", lambda bench, tests, seconds: did.append((tests, seconds)))
     monkeypatch.setattr(stages, "_parity_process", lambda file, seconds, environment: did.append(seconds))

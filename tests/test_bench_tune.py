@@ -15,6 +15,7 @@ from bench.subjects import gemms
 from bench.subjects.accuracy import verify
 from bench.subjects.problems import Problem, Use
 from bench.tuning import choices, inputs, lab, precompile, search
+from bench.tuning import steps as step_times
 from bench.tuning.candidates import candidates
 from bench.tuning.lab import DeviceLab, Shape, shapes
 from bench.tuning.search import Choice, Journal, Table
@@ -354,7 +355,7 @@ def test_ops_are_decided_on_the_tiles_just_found(tmp_path):
 
 def stands_in(monkeypatch, times_us, wrong=()):
     """The tuner's steps on a CPU: built without a graph, their times given, those of `wrong` ways found wrong."""
-    build, names = tune.ladder.build, {False: "plain", True: "dependent"}
+    build, names = step_times.ladder.build, {False: "plain", True: "dependent"}
     built = []
 
     def launched(rung, *arguments):
@@ -363,26 +364,26 @@ def stands_in(monkeypatch, times_us, wrong=()):
             raise RuntimeError("CUDA error: of that way\nmore")
         return build(replace(rung, graph=False), *arguments)
 
-    monkeypatch.setattr(tune.ladder, "unavailable", lambda *_: None)
-    monkeypatch.setattr(tune.ladder, "build", launched)
+    monkeypatch.setattr(step_times.ladder, "unavailable", lambda *_: None)
+    monkeypatch.setattr(step_times.ladder, "build", launched)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     timed = SimpleNamespace(p50_ms=lambda way: times_us[way] / 1e3)
-    monkeypatch.setattr(tune, "interleave", lambda calls, *_: timed if set(calls) <= set(times_us) else None)
+    monkeypatch.setattr(step_times, "interleave", lambda calls, *_: timed if set(calls) <= set(times_us) else None)
     return built
 
 
 def test_the_faster_way_to_launch_a_step_is_stored_and_read_back(tmp_path, monkeypatch):
     small = Arch(image_size=16, nz=8, ngf=8, ndf=8)
-    wanted = choices.steps(small, [4, 2, 4], "fp32")
+    wanted = step_times.steps(small, [4, 2, 4], "fp32")
     assert [steps.name for steps in wanted] == ["launch/step/fp32/b4", "launch/step/fp32/b2"]
-    assert choices.steps(small, [4], "fp16") == [], "no rung of the ladder"
+    assert step_times.steps(small, [4], "fp16") == [], "no rung of the ladder"
     ahead = []
     compiler = SimpleNamespace(workers=2, compile=lambda *work: ahead.append(work))
     tuner, said = tuner_of(tmp_path, compiler, monkeypatch)
     built = stands_in(monkeypatch, {"plain": 100.0, "dependent": 99.0})
     assert tuner.launches(wanted[:1]) == 0 and [rung.dependent for rung in built] == [False, True]
     ((share, (first, second)),) = ahead
-    assert share is tune.ahead.share_of_table and first[:3] == second[:3]
+    assert share is step_times.ahead.share_of_table and first[:3] == second[:3]
     assert [rung.dependent for _, _, rung in first[1]] == [False, True] and first[2:] == (HEADER["device"], 0, 2)
     stands_in(monkeypatch, {"plain": 50.0, "dependent": 50.0})
     assert tuner.launches(wanted) == 0 and said[1].endswith("; plain"), "the first is known, the second is a draw"

@@ -10,7 +10,7 @@ from dcgan.fused import FusedStep
 from dcgan.loop import Loop
 from dcgan.model import Discriminator, Generator
 from dcgan.step import METRICS, ReferenceStep, adam
-from kernels.dependent import CAPABILITY
+from kernels import dependent
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 ARCH = Arch(image_size=32, nz=16, ngf=32, ndf=32)
@@ -60,9 +60,7 @@ def test_replayed_steps_are_the_launched_ones_bit_for_bit(precision):
     assert_same(captured, launched)
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability() < CAPABILITY, reason="needs capability 9.0"
-)
+@pytest.mark.skipif(not torch.cuda.is_available() or not dependent.able(torch.device("cuda")), reason="needs sm_90")
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("graph", [True, False], ids=["captured", "launched"])
 def test_kernels_that_begin_early_compute_the_same_bits(precision, graph):

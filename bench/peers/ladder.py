@@ -26,7 +26,7 @@ from dcgan.arch import Arch
 from dcgan.fused import FusedStep
 from dcgan.model import Discriminator, Generator
 from dcgan.step import ReferenceStep, adam
-from kernels.dependent import CAPABILITY
+from kernels import dependent
 
 GRAPH_WARMUP = 3
 COMPILE_SECONDS = {"default": 30.0, "max-autotune": 90.0}
@@ -91,17 +91,12 @@ RUNGS = (
 EXAMPLE = RUNGS[0].name
 
 
-def can_depend(device: torch.device) -> bool:
-    """Whether kernels can be launched as `kernels.dependent` has it."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= CAPABILITY
-
-
 def unavailable(rung: Rung, arch: Arch, device: torch.device) -> str | None:
     """Why `rung` cannot run here; None where it can be tried."""
     if rung.graph and device.type != "cuda":
         return f"a CUDA graph needs a GPU; the device is {device.type}"
-    if (rung.dependent or rung.off == "dependent") and not can_depend(device):
-        return f"dependent launch needs compute capability {'.'.join(map(str, CAPABILITY))}"
+    if (rung.dependent or rung.off == "dependent") and not dependent.able(device):
+        return "dependent launch needs compute capability 9.0"
     if rung.off and device.type != "cuda":
         return f"only the step over the GPU's launchers has such parts; the device is {device.type}"
     if rung.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):

@@ -21,7 +21,7 @@ from bench.peers.ladder import EXAMPLE, Rung
 from bench.stages import ahead
 from dcgan.arch import PRESETS, Arch
 from dcgan.config import fast_bf16
-from kernels import tuning
+from kernels import dependent, tuning
 
 TESTS = {"cpu": ("tests/test_fused_step.py",), "cuda": ("tests/test_captured_step.py", "tests/test_sampling.py")}
 """What else parity runs, by device: tests of whole steps, and of sampling. The ladder's rungs are verified as they are
@@ -67,7 +67,7 @@ def whole_steps(bench: Bench, seconds: float) -> None:
 def captured_jobs(bench: Bench) -> list[ahead.Job]:
     """The steps whose kernels tests/test_captured_step.py would compile one after the other."""
     small, batches, large, images = CAPTURED
-    ways = (False, True) if ladder.can_depend(bench.plan.device) else (False,)
+    ways = (False, True) if dependent.able(bench.plan.device) else (False,)
     rungs = [Rung(name, ours="fused", dependent=way) for name in ("bf16", "fp32", "tf32", "fp16") for way in ways]
     return [(small, n, rung) for rung in rungs for n in batches] + [(large, images, rungs[0])]
 

@@ -3,11 +3,10 @@ kernels of a step are launched."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from bench.peers.ladder import Rung
 from bench.subjects import layers, whole
 from bench.subjects.problems import Read, step_reads
 from bench.tuning.search import Table
@@ -55,29 +54,6 @@ def entries(arch: Arch, batches: list[int], precision: str) -> list[Entry]:
 def reads(arch: Arch, batches: list[int], precision: str) -> list[Read]:
     """Every input with a batch norm of the steps of these batches."""
     return list({read.name: read for batch in batches for read in step_reads(arch, batch, precision)}.values())
-
-
-@dataclass(frozen=True)
-class Steps:
-    """A captured step, whose kernels are launched one way or the other."""
-
-    arch: Arch
-    images: int
-    precision: str
-
-    @property
-    def name(self) -> str:
-        return f"launch/step/{self.precision}/b{self.images}"
-
-    def rungs(self) -> dict[str, Rung]:
-        """By the way its kernels are launched."""
-        rung = Rung(self.precision, ours="fused", graph=True)
-        return {way: replace(rung, dependent=way == "dependent") for way in tuning.LAUNCHES}
-
-
-def steps(arch: Arch, batches: list[int], precision: str) -> list[Steps]:
-    """The steps of these batches, in a precision that the ladder has."""
-    return [Steps(arch, images, precision) for images in dict.fromkeys(batches) if precision in ("bf16", "fp32")]
 
 
 def best(times: Mapping[str, float], unasked: str = "eager", margin: float = MARGIN) -> str | None:
