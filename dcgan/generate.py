@@ -42,7 +42,7 @@ def sample(generator: Generator, n: int, seed: int, precision: str = "fp32") -> 
     for start in range(0, n, size):
         z = torch.zeros(size if device.type == "cuda" else min(size, n - start), generator.arch.nz)
         for part in z[: n - start].split(DRAWN):
-            part.copy_(torch.randn(part.shape, generator=source))
+            part.copy_(torch.randn(DRAWN, generator.arch.nz, generator=source)[: len(part)])
         yield sampler(z.to(device))[: n - start].cpu()
 
 
@@ -63,13 +63,10 @@ def save_array(path: Path, pieces: Iterator[Tensor], shape: tuple[int, ...]) -> 
     """Images as uint8 of `shape` (N, H, W, C). Written beside it and renamed, as pictures are."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        array = np.lib.format.open_memmap(aside, "w+", np.uint8, shape)
-        done = 0
-        for piece in pieces:
-            array[done : done + len(piece)] = to_uint8(piece)
-            done += len(piece)
-        array.flush()
-        del array
+        with aside.open("wb") as file:  # and no map of it, which a full disk would end by SIGBUS
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for piece in pieces:
+                file.write(to_uint8(piece))
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

@@ -86,9 +86,10 @@ def sampled(generator, n):
 
 def test_a_picture_does_not_depend_on_its_batch_mates(trained):
     generator = dcgan.load(trained)
-    few, many = sampled(generator, 66), sampled(generator, 130)
+    many = sampled(generator, 130)
     assert len(many) == 130
-    torch.testing.assert_close(few, many[:66], rtol=0, atol=1e-6)
+    for n in (1, 65, 67):  # torch.randn of fewer numbers than a multiple of 16 draws its last ones otherwise
+        torch.testing.assert_close(sampled(generator, n), many[:n], rtol=0, atol=1e-6)
     generator.train()
     few, many = sampled(generator, 2), sampled(generator, 70)
     assert (few[0] - many[0]).abs().max() > 1e-3
