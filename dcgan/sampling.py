@@ -25,8 +25,9 @@ class Sampler:
 
     On a CPU the products are those of the fused step, with 9/16 of the multiplications, batch norm is folded into the
     weights, and `AT_ONCE` images go through all layers at a time. On a GPU a layer is one kernel, its batch norm and
-    activation in the product's epilogue, and all of them are one CUDA graph for each number of images. Where the
-    kernels cannot run, the generator runs as it is.
+    activation in the product's epilogue (the first is the library's product and a pass), and all of them are one CUDA
+    graph for each number of images. Where the kernels cannot run, the generator runs as it is. Not for two threads at
+    a time.
 
     Args:
         generator: weights and statistics are taken over as they are now; it is not changed, nor its mode regarded.
@@ -49,9 +50,8 @@ class Sampler:
         with torch.no_grad():
             self.forward = kind(generator, self.dtype, self.precision)
 
-    @torch.no_grad()
     def __call__(self, z: Tensor) -> Tensor:
-        """Images in [-1, 1].
+        """Images in [-1, 1], the same under autocast and in inference mode.
 
         Args:
             z: noise (N, nz) on the generator's device, any floating-point dtype.
@@ -66,7 +66,9 @@ class Sampler:
         if z.ndim != 2 or z.shape[1] != self.arch.nz or not len(z) or z.device != self.device:
             got = f"{tuple(z.shape)} on {z.device}"
             raise ValueError(f"z is {got}: expected (N, {self.arch.nz}) on {self.device}, N at least 1")
-        return self.forward(z)
+        # buffers are kept from call to call, and one made in inference mode could not be written outside of it
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return self.forward(z)
 
 
 def layers_of(generator: Generator) -> list[tuple[Layer, Tensor, Tensor | None]]:

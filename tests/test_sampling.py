@@ -81,6 +81,14 @@ def test_it_is_of_the_moment_and_of_running_statistics(generator):
     torch.testing.assert_close(gpu.run(z), exact, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("within", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_it_is_called_within_anything(generator, within):
+    sampler, z = Sampler(generator, "fp32"), noise(generator.arch, 3)
+    with within():
+        images = sampler(z)
+    assert not images.is_inference() and torch.equal(images, sampler(z))
+
+
 def test_the_launches_of_a_gpu_over_their_twins(generator):
     gpu = sampling._OnGpu(generator, torch.float32, "fp32")
     gpu.launch, gpu.options = reference, {}
