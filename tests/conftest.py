@@ -1,15 +1,15 @@
 """Begins, with the session, what tests wait for in processes of their own."""
 
-POOLS = []
+BEGUN = []
 
 
 def pytest_collection_finish(session):
     if session.config.option.collectonly:
         return
     for module in {item.module for item in session.items if item.path.name == "test_triton_interpreter.py"}:
-        POOLS.append(module.begin(session))
+        BEGUN.append((module, module.begin(session)))
 
 
 def pytest_sessionfinish():
-    for pool in POOLS:
-        pool.shutdown(cancel_futures=True)
+    for module, pool in BEGUN:
+        module.end(pool)

@@ -32,13 +32,19 @@ def run_file(name, marks):
     if shutil.which("nice"):
         command = ["nice", "-n", "5", *command]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, cwd=HERE.parent, env=environment, capture_output=True, text=True, timeout=SECONDS[marks]
-    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=HERE.parent, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+        RUNNING.add(process)
+        try:
+            output = process.communicate(timeout=SECONDS[marks])
+        finally:
+            process.kill()
+            RUNNING.remove(process)
+    return subprocess.CompletedProcess(command, process.returncode, *output)
 
 
-BEGUN = {}
-"""Results to be, by file and marks."""
+BEGUN, RUNNING = {}, set()
+"""Results to be, by file and marks; processes."""
 
 
 def begin(session):
@@ -49,6 +55,14 @@ def begin(session):
     for parameters in (item.callspec.params for item in ours):
         BEGUN[parameters["name"], parameters["marks"]] = pool.submit(run_file, parameters["name"], parameters["marks"])
     return pool
+
+
+def end(pool):
+    """Let go of what nobody waits for, where a session ends before it came to these tests."""
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in tuple(RUNNING):
+        process.terminate()
+    pool.shutdown()
 
 
 @pytest.mark.parametrize("marks", ["not long", pytest.param("long", marks=pytest.mark.long)])
