@@ -60,4 +60,4 @@ def test_every_kernel_waits_and_lets_the_next_one_begin():
     for path in CSRC.glob("*.cu"):
         text = path.read_text()
         bodies = KERNELS.split(text)[1:]
-        assert all(body.count("  after_previous();\n") == 1 for body in bodies), path.name
+        assert all(body.count("\n  after_previous();\n") == 1 for body in bodies), f"{path.name}: once, in no branch"

@@ -1,6 +1,9 @@
 """Dependent launch of the Triton kernels, interpreted: the first program of each launch finds none of what the launch
 before it writes until it waits. That compiled code keeps that order is `test_resources.py`'s to show."""
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 from interpreter import only_interpreted
@@ -97,6 +100,14 @@ def test_a_step_whose_launches_overlap_is_the_same_step(precision, monkeypatch):
 
     kernels = in_both_ways(run, monkeypatch)
     assert {"conv_kernel", "conv_transpose_kernel", "conv_transpose_image_kernel", "wgrad_kernel"} <= kernels
+
+
+def test_every_kernel_waits_first_in_each_of_its_programs():
+    """In no branch: the other tests see the first program alone."""
+    for path in Path(waiting.__file__).parent.glob("*.py"):
+        for kernel in ast.parse(path.read_text()).body:
+            if isinstance(kernel, ast.FunctionDef) and kernel.name.endswith("_kernel"):
+                assert ast.unparse(kernel.body[1]) == "after_previous(DEPENDENT)", kernel.name  # behind its docstring
 
 
 def test_a_kernel_that_does_not_wait_is_caught(monkeypatch):

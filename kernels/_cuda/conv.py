@@ -42,7 +42,7 @@ def missing(kernel: str, first: Tensor, second: Tensor, epilogue: Epilogue | Non
         first, second: its two tensors: x and weight, or low and high.
     """
     if epilogue and epilogue.mode == "batch_norm":
-        return "a batch norm of known statistics: the extension applies one by a launch of its own"
+        return "a batch norm of known statistics: the extension's epilogues apply none"
     low, high = (second.shape[0], second.shape[3]) if kernel != "wgrad" else (first.shape[3], second.shape[3])
     reason = image.missing(high, low, kernel)
     if reason is None or high <= max(image.IMAGE_CHANNELS):
