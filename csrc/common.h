@@ -52,7 +52,11 @@ cudaError_t launch(void (*kernel)(P...), Grid grid, dim3 block, size_t shared, S
     clusters.id = cudaLaunchAttributeClusterDimension;
     clusters.val.clusterDim.x = grid.cluster, clusters.val.clusterDim.y = clusters.val.clusterDim.z = 1;
   }
-  if (stream.dependent) {
+  // A kernel that the driver makes from the PTX of an older architecture does not wait, so it must not begin early.
+  cudaFuncAttributes compiled = {};
+  if (stream.dependent)
+    if (const auto error = cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(kernel))) return error;
+  if (compiled.ptxVersion >= 90) {
     auto& early = attributes[config.numAttrs++];
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;

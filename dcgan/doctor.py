@@ -67,9 +67,8 @@ def fused_step(preset: Preset, device: torch.device, dtype: torch.dtype) -> Iter
     """What `--fused` runs for each layer: on a CPU one way for all its products; on a GPU a tile for each of them,
     whether they apply the batch norm of their input in the load (`deferred`) or find it applied, and how all launches
     follow each other."""
-    arch = preset.arch
+    arch, precision = preset.arch, tuning.precision_of(dtype, tf32=False)
     if device.type == "cuda":
-        precision = tuning.precision_of(dtype, torch.backends.cudnn.allow_tf32)
         ask, why = tuning.dependent(tuning.device_name(device), precision, preset.batch_size)
         yield "all", "launches", tuning.LAUNCHES[ask], why
     for layers, images in ((arch.generator, preset.batch_size), (arch.discriminator, 2 * preset.batch_size)):
@@ -78,7 +77,6 @@ def fused_step(preset: Preset, device: torch.device, dtype: torch.dtype) -> Iter
                 yield layer.name, "all", "eager", choose(layer, dtype, Pool(device)).WHY
             elif layer.stride == 2:
                 name = tuning.device_name(device)
-                precision = tuning.precision_of(dtype, torch.backends.cudnn.allow_tf32)
                 for kernel, shape in products(layer):
                     yield layer.name, kernel, *tuning.explain(name, kernel, shape, precision, images)
                 if before is not None and before.batch_norm:

@@ -57,8 +57,8 @@ class Sampler:
             z: noise (N, nz) on the generator's device, any floating-point dtype.
 
         Returns:
-            (N, C, H, W) of the precision's dtype, channels_last. On a GPU the next call with as many images writes over
-            them.
+            (N, C, H, W) of the precision's dtype, channels_last. On a GPU the next call for as many writes over them,
+            unless they are more than `AT_ONCE`.
 
         Raises:
             ValueError: z is of another shape, or on another device.
@@ -125,7 +125,13 @@ class _OnGpu:
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
 
     def __call__(self, z: Tensor) -> Tensor:
-        n = len(z)
+        n, most = len(z), AT_ONCE["cuda"]
+        if n > most:
+            shape = (n, self.arch.channels, self.arch.image_size, self.arch.image_size)
+            images = torch.empty(shape, dtype=self.dtype, device=z.device, memory_format=torch.channels_last)
+            for part, out in zip(z.split(most), images.split(most), strict=True):
+                out.copy_(self(part))
+            return images
         if n not in self.graphs:
             if len(self.graphs) == MOST_GRAPHS:
                 del self.graphs[next(iter(self.graphs))]

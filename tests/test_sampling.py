@@ -131,6 +131,12 @@ def test_graphs_are_kept_by_the_number_of_images_and_not_without_end(generator, 
         with torch.no_grad():
             assert torch.equal(gpu(z), generator(z))
     assert captured == [3, 2, 1, 5, 6, 3]
+    monkeypatch.setitem(sampling.AT_ONCE, "cuda", 3)
+    z = noise(generator.arch, 8)
+    images = gpu(z)
+    with torch.no_grad():
+        torch.testing.assert_close(images, generator(z), rtol=0, atol=1e-6)
+    assert captured[6:] == [2] and images.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("shape", [(0, 7), (3, 8), (3, 7, 1, 1)])
