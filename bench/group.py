@@ -14,7 +14,7 @@ from bench.peers import ladder
 from bench.peers.ladder import EXAMPLE, Rung, Runner
 from bench.roofline import floor, step_kernels
 from bench.telemetry import Telemetry
-from bench.timing import FEWEST_ROUNDS, Timed, interleave, measure_ms, one_line
+from bench.timing import FEWEST_ROUNDS, Ratio, Timed, interleave, measure_ms, one_line
 from bench.verify import Oracle, differences, oracle, tolerance_class, verdict
 from dcgan.arch import Arch
 
@@ -174,12 +174,12 @@ class Group:
         if EXAMPLE in timed.samples_ms and rung.name != EXAMPLE:
             ratio = timed.ratio(EXAMPLE, rung.name)
             figures |= {"over_example": ratio.median, "over_example_p20": ratio.p20, "over_example_p80": ratio.p80}
-            figures |= {"halves_disagreement": ratio.disagreement, "noisy": ratio.noisy}
+            figures |= noise(ratio)
         whole = replace(rung, off="").name
         if rung.off and whole in timed.samples_ms:
             ratio = timed.ratio(rung.name, whole)
             figures |= {"gain": ratio.median, "gain_p20": ratio.p20, "gain_p80": ratio.p80}
-            figures |= {"halves_disagreement": ratio.disagreement, "noisy": ratio.noisy}
+            figures |= noise(ratio)
         return figures
 
     def roofline(self, rung: Rung, step_ms: float) -> float | None:
@@ -224,6 +224,13 @@ class Group:
             "best_peer_noisy": None if ratio is None else ratio.noisy,
         }
         return names
+
+
+def noise(ratio: Ratio) -> dict[str, Any]:
+    """What says how far a ratio is to be believed."""
+    return {
+        "halves_disagreement": ratio.disagreement, "repeats_within": ratio.repeats_within, "noisy": ratio.noisy,
+    }  # fmt: skip
 
 
 def urgency(rung: Rung) -> int:

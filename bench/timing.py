@@ -2,7 +2,7 @@
 
 A round calls each once (fast ones several times, between two clock readings), in an order that rotates from round to
 round. What is compared is the ratio within a round; its median over the rounds is the figure, its spread stands beside
-it, and two halves of the rounds that disagree say that the machine was too noisy to tell.
+it. Where two halves of the rounds disagree, or the spread is so wide that another run might, the machine was too noisy.
 
 On a GPU the clock is a pair of CUDA events around the calls and one wait a measurement, so launches run ahead as they
 do in training; on a CPU it is `time.perf_counter`.
@@ -18,7 +18,11 @@ from statistics import median
 import torch
 
 NOISE = 0.03
-"""Two halves of the rounds whose ratios differ by more than this fraction: the machine was too noisy."""
+"""By which fraction two halves of the rounds, or two runs, may differ: beyond it the machine was too noisy."""
+
+TWO_RUNS = 2 * math.sqrt(2) * 1.2533 / 1.6832
+"""Twice the standard deviation between two runs' medians of n rounds is this times (p80 − p20) / √n, of ratios that are
+normally distributed: their 20th and 80th percentiles are 1.6832 deviations apart, a median strays by 1.2533 / √n."""
 
 FEWEST_ROUNDS = 3
 SHORTEST_MS = 5.0
@@ -52,17 +56,19 @@ class Ratio:
     """How many times as fast one callable is as another: the median of the rounds' ratios, and its spread.
 
     disagreement: |first half / second half − 1| of the halves' medians; None below four rounds.
+    repeats_within: the fraction that another run's median is within, 19 times in 20; from the spread.
     """
 
     median: float
     p20: float
     p80: float
     disagreement: float | None
+    repeats_within: float
 
     @property
     def noisy(self) -> bool | None:
         """Whether the machine was too noisy to believe the median; None where there were too few rounds to tell."""
-        return None if self.disagreement is None else self.disagreement > NOISE
+        return None if self.disagreement is None else max(self.disagreement, self.repeats_within) > NOISE
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,9 @@ class Timed:
         values = [a / b for a, b in zip(self.samples_ms[slow], self.samples_ms[fast], strict=True)]
         half = len(values) // 2
         disagreement = abs(median(values[:half]) / median(values[half:]) - 1) if half >= 2 else None
-        return Ratio(median(values), quantile(values, 0.2), quantile(values, 0.8), disagreement)
+        middle, low, high = (quantile(values, q) for q in (0.5, 0.2, 0.8))
+        within = TWO_RUNS * (high - low) / (middle * math.sqrt(len(values)))
+        return Ratio(middle, low, high, disagreement, within)
 
 
 def measure_ms(call: Callable[[], object], calls: int, device: torch.device | str) -> float:

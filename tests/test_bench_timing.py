@@ -36,6 +36,23 @@ def test_halves_that_disagree_are_noise():
     assert Timed({"a": [2.0] * 3, "b": [1.0] * 3}).ratio("a", "b").noisy is None, "three rounds have no halves"
 
 
+def test_runs_that_differ_by_more_than_they_may_say_so():
+    """Normally distributed ratios: seldom do two quiet runs differ by over 3 %; a steady machine is not noisy."""
+    random = torch.Generator().manual_seed(0)
+
+    def run(spread):
+        values = (2 * (1 + spread * torch.randn(15, generator=random))).tolist()
+        return Timed({"a": values, "b": [1.0] * 15}).ratio("a", "b")
+
+    quiet = dict.fromkeys((0.005, 0.02, 0.05, 0.1), 0)
+    for spread in quiet:
+        pairs = [(run(spread), run(spread)) for _ in range(400)]
+        apart = [(one, other) for one, other in pairs if abs(one.median / other.median - 1) > 0.03]
+        assert sum(not (one.noisy or other.noisy) for one, other in apart) <= 4
+        quiet[spread] = sum(not one.noisy for one, _ in pairs) / len(pairs)
+    assert quiet[0.005] > 0.99 and quiet[0.05] < 0.2 and quiet[0.1] < 0.01
+
+
 def test_rounds_rotate_and_fast_calls_are_batched():
     order = []
     calls = {name: (lambda name=name: (order.append(name), time.sleep(0.006))) for name in "abc"}
