@@ -127,7 +127,7 @@ class Tuner:
         device_name = self.table.header["device"]
         with in_use(self.table):
             stamps = {read.name: inputs.stamp(read, device_name, self.table.sources) for read in wanted}
-            known = self.table.has_input
+            known = self.table.has_measured
             remaining = [read for read in wanted if self.again or not known(read.name, stamps[read.name])]
             for done, read in enumerate(remaining):
                 if not self.left():
@@ -165,7 +165,7 @@ class Tuner:
         """Decide how the kernels of captured steps are launched; returns how many were not reached."""
         with in_use(self.table):
             remaining = [
-                steps for steps in wanted if self.again or not self.table.has_input(steps.name, self.table.sources)
+                steps for steps in wanted if self.again or not self.table.has_measured(steps.name, self.table.sources)
             ]
             for done, steps in enumerate(remaining):
                 if not self.left():

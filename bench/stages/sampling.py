@@ -123,6 +123,6 @@ def measure(bench: Bench, images: int, precision: str, seconds: float) -> list[t
         for other, what in (("generator", "over_example"), (best, "over_library")):
             if name.startswith("fused") and other in calls:
                 ratio = timed.ratio(other, name)
-                figures |= {what: ratio.median, "noisy": ratio.noisy}
+                figures |= {what: ratio.median, "noisy": figures.get("noisy") or ratio.noisy}
         rows.append((name, True, None, figures | bench.telemetry.under_load(call, timed.p50_ms(name))))
     return rows + wrong

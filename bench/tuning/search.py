@@ -125,8 +125,8 @@ class Table:
         self.data["ops"].setdefault(op, {}).setdefault(key, {}).setdefault(precision, {})[str(images)] = recipe
         self.write()
 
-    def has_input(self, name: str, stamp: str) -> bool:
-        """Whether an input was measured with these very kernels and tiles, of which `stamp` is a hash."""
+    def has_measured(self, name: str, stamp: str) -> bool:
+        """Whether an input, or a step, was measured with these very kernels and tiles, of which `stamp` is a hash."""
         return self.data["measured"].get(name, {}).get("sources") == stamp
 
     def put_input(self, read: Read, way: str, times: Mapping[str, float], stamp: str) -> None:
