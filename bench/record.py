@@ -48,12 +48,17 @@ def _git(*arguments: str) -> str | None:
 
 
 def cpu_name() -> str:
-    """The CPU's model as the kernel tells it."""
+    """The CPU's model as the kernel tells it. On x86 also its family and model numbers, as a virtual machine's name for
+    it may not tell one generation from the next."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    except OSError:
+        lines = []
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in facts and "model" in facts:
+        name += f", family {facts['cpu family']} model {facts['model']}"
+    return name
 
 
 def environment(commit: str | None = None) -> dict:

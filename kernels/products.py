@@ -1,4 +1,4 @@
-"""The three products of a convolution layer, and which way of computing them suits a layer.
+"""The three products of a convolution layer on a CPU, and which way of computing them suits a layer.
 
 Every layer of a DCGAN joins a `high` map, the larger, to a `low` one by a weight (C_low, C_high, R, S), which is
 PyTorch's order for a convolution from high to low and for a transposed convolution from low to high alike:
@@ -14,6 +14,8 @@ channels_last memory and of the class's dtype; master weights and their gradient
 is overwritten by its next call, or may be.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,16 +24,18 @@ from kernels.geometry import Layer
 from kernels.pool import Pool
 from kernels.tiles import TiledProduct, nchw, nhwc
 
-TILED_CHANNELS = 64 * 128
-"""Low channels times high from which the tiled products pay; below, the transforms cost more than they save. One Zen 4
-core, the library's time over theirs: 32 × 64 channels 0.7 to 0.9, 64 × 128 0.9 to 1.1, 128 × 256 1.3, 256 × 512 1.5."""
+TILED_CHANNELS = 128 * 256
+"""Low channels times high from which the tiled products pay; below, the transforms cost more than they save. A whole
+step with 64 × 128 channels tiled too, over one without, on two Zen 5 cores: `dcgan64` 0.99 in fp32 and 1.05 in bf16,
+`small32` 1.18 and 1.13. One Zen 4 core, the library's time over theirs: 32 × 64 channels 0.7 to 0.9, 64 × 128 0.9 to
+1.1, 128 × 256 1.3, 256 × 512 1.5."""
 
-IMAGES_AT_ONCE = 16
-"""Images in a call of the library whose result is copied to a buffer: few enough for it to stay in cache."""
+PART_BYTES = 8 << 20
+"""What a call of the library makes at most, before it is copied to a buffer: little enough to stay in cache."""
 
 
 class LibraryProduct:
-    """PyTorch's own convolutions (oneDNN, cuDNN): any kernel, stride and padding, any device."""
+    """PyTorch's own convolutions (oneDNN): any kernel, stride and padding."""
 
     WHY = "the library's convolutions"
 
@@ -39,13 +43,14 @@ class LibraryProduct:
         self.name, self.dtype, self.pool = layer.name, dtype, pool
         self.stride, self.padding = [layer.stride] * 2, [layer.padding] * 2
         self.weight_shape = (low, high, layer.kernel, layer.kernel)
-        self.map_shape = (high, *[max(layer.in_size, layer.out_size)] * 2)
+        smaller, larger = sorted((layer.in_size, layer.out_size))
+        self.low_shape, self.high_shape = (low, smaller, smaller), (high, larger, larger)
 
     def pack(self, weight: Tensor) -> Tensor:
         return weight.to(self.dtype, memory_format=torch.channels_last)
 
     def high_map(self, images: int) -> Tensor:
-        return self.pool.images(f"{self.name}.high_map", (images, *self.map_shape), self.dtype)
+        return self.pool.images(f"{self.name}.high_map", (images, *self.high_shape), self.dtype)
 
     def high(self, images: Tensor) -> Tensor:
         return images.contiguous(memory_format=torch.channels_last)
@@ -53,10 +58,21 @@ class LibraryProduct:
     low = high
 
     def to_low(self, high: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(high, weight, stride=self.stride, padding=self.padding)
+        return self.in_parts(F.conv2d, high, weight, "to_low", self.low_shape)
 
     def to_high(self, low: Tensor, weight: Tensor) -> Tensor:
-        return F.conv_transpose2d(low, weight, stride=self.stride, padding=self.padding)
+        return self.in_parts(F.conv_transpose2d, low, weight, "to_high", self.high_shape)
+
+    def in_parts(
+        self, convolve: Callable[..., Tensor], images: Tensor, weight: Tensor, name: str, shape: tuple[int, ...]
+    ) -> Tensor:
+        """`convolve` of some images at a time, each result copied to the buffer `name`: it is a fresh tensor every
+        time, and a large one costs page faults."""
+        out = self.pool.images(f"{self.name}.{name}", (len(images), *shape), self.dtype)
+        count = max(1, PART_BYTES // (out[0].numel() * out.itemsize))
+        for part, out_part in zip(images.split(count), out.split(count), strict=True):
+            out_part.copy_(convolve(part, weight, stride=self.stride, padding=self.padding))
+        return out
 
     def weight_grad(self, high: Tensor, low: Tensor, out: Tensor) -> None:
         shape = high.new_empty(()).expand(self.weight_shape)  # the library asks for a weight and reads its shape
@@ -83,12 +99,7 @@ class ImageProduct(LibraryProduct):
         return weight, taps.reshape(4 * high, low, 2, 2).flip(2, 3).contiguous(memory_format=torch.channels_last)
 
     def to_low(self, high: Tensor, weight: tuple[Tensor, Tensor]) -> Tensor:
-        """The library's, `IMAGES_AT_ONCE`: its output is a fresh tensor each time; a large one costs page faults."""
-        n, low = high.shape[0], self.weight_shape[0]
-        out = self.pool.images(f"{self.name}.to_low", (n, low, *[size // 2 for size in self.map_shape[1:]]), self.dtype)
-        for part, out_part in zip(high.split(IMAGES_AT_ONCE), out.split(IMAGES_AT_ONCE), strict=True):
-            out_part.copy_(super().to_low(part, weight[0]))
-        return out
+        return super().to_low(high, weight[0])
 
     def to_high(self, low: Tensor, weight: tuple[Tensor, Tensor]) -> Tensor:
         n, _, p, _ = low.shape
@@ -139,13 +150,13 @@ Product = LibraryProduct | ImageProduct | PatchProduct | TiledProduct
 
 
 def choose(layer: Layer, dtype: torch.dtype, pool: Pool) -> Product:
-    """The way to compute `layer`, by its geometry and the device as measured in docs/cpu.md; nothing is timed here."""
+    """The way to compute `layer`, by its geometry, as measured in docs/cpu.md; nothing is timed here."""
     low, high, _, _ = layer.weight_shape
     smaller = min(layer.in_size, layer.out_size)
     kind: type = LibraryProduct
     if smaller == 1:
         kind = PatchProduct
-    elif pool.device.type == "cpu" and (layer.kernel, layer.stride, layer.padding) == (4, 2, 1):
+    elif (layer.kernel, layer.stride, layer.padding) == (4, 2, 1):
         if high <= 4:
             kind = ImageProduct
         elif smaller % 2 == 0 and low * high >= TILED_CHANNELS:

@@ -18,17 +18,20 @@ Memory, T = N(P/2)² tiles: `high` operand (9, T, 4C), `low` operand (9, T, C'),
 over (height, width), and 4C is (φ of height, φ of width, C).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from math import prod
 
 import torch
 from torch import Tensor
 
 from kernels.geometry import Layer
+from kernels.matmul import matmul, matmul_of_rows
 from kernels.pool import Pool
 
-CHUNK_BYTES = 8 << 20
-"""Operand bytes handled at a time, so that what one operation writes is still in cache for the next. The whole step in
-bf16 on one Zen 4 core (1 MB of L2, 32 of L3) is 7 % slower at half of it and 4 % at four times; fp32 minds less."""
+CHUNK_BYTES = 16 << 20
+"""Operand bytes handled at a time, so that what one operation writes is still in cache for the next (1 MB of L2 a core,
+32 of L3). At half of it a step on Zen 5 cores is 1 to 3 % slower in fp32; bf16, and twice of it, make no difference."""
 
 
 class TiledProduct:
@@ -117,10 +120,10 @@ class TiledProduct:
         y = nhwc(out).view(n, t, 2, t, 2, c).permute(2, 4, 0, 1, 3, 5)
         for part, tiles in self.chunks(n):
             count = part.stop - part.start
-            m = self.scratch("m", 3, 3, count, t, t, c)
-            nine_products(high[:, tiles], weight.transpose(1, 2), m.view(9, -1, c))
+            m = self.nine(matmul, high[:, tiles], weight.transpose(1, 2), (count, t, t, c))
             rows = self.scratch("sums", 2, 3, count, t, t, c)
-            torch.add(m[:2], m[1:], out=rows)
+            for i, j in product(range(2), range(3)):
+                torch.add(m[i][j], m[i + 1][j], out=rows[i, j])
             torch.add(rows[:, :2], rows[:, 1:], out=y[:, :, part])
         return out
 
@@ -131,44 +134,47 @@ class TiledProduct:
         out = self.pool.take(f"{self.name}.to_high", (n, p + 1, 2, p + 1, 2 * c), self.dtype)
         for part, tiles in self.chunks(n):
             count = part.stop - part.start
-            m = self.scratch("m", 3, 3, count, t, t, 2, 2 * c)
-            nine_products(low[:, tiles], weight, m.view(9, -1, 4 * c))
+            m = self.nine(matmul, low[:, tiles], weight, (count, t, t, 2, 2 * c))
             rows = self.scratch("sums", 3, count, p + 1, t, 2, 2 * c)
-            overlap(m, rows)
-            overlap(rows, out[part].transpose(2, 3))
+            for column, sums in zip(zip(*m, strict=True), rows, strict=True):
+                overlap(column, sums)
+            overlap(rows.transpose(2, 3), out[part].permute(0, 3, 1, 2, 4))
         return nchw(out.view(n, 2 * p + 2, 2 * p + 2, c)[:, 1:-1, 1:-1])
 
     def weight_grad(self, high: Tensor, low: Tensor, out: Tensor) -> None:
         """Gᵀ[(Bᵀd) ⊙ (A y)]G of both operands, written to `out` (C', C, 4, 4) in its own dtype."""
-        products = self.scratch("weight", 9, self.low_channels, 4 * self.high_channels)
-        nine_products(low.transpose(1, 2), high, products)
-        products = products.view(3, 3, self.low_channels, 2, 2 * self.high_channels)
-        if self.dtype != out.dtype:  # add in the gradient's precision
-            products = self.pool.take("scratch.weight32", products.shape, out.dtype).copy_(products)
-        rows = self.pool.take("scratch.weight_rows", (2, *products.shape[1:]), out.dtype)
-        torch.add(products[:2], products[1:], out=rows)
+        shape = (self.low_channels, 2, 2 * self.high_channels)
+        m = self.nine(matmul_of_rows, low, high, shape)
+        if self.dtype != out.dtype:  # the sums are taken in the gradient's precision
+            wide = self.pool.take("scratch.weight_wide", (3, 3, *shape), out.dtype)
+            m = [[wide[i, j].copy_(m[i][j]) for j in range(3)] for i in range(3)]
+        rows = self.pool.take("scratch.weight_rows", (2, 3, *shape), out.dtype)
+        for i, j in product(range(2), range(3)):
+            torch.add(m[i][j], m[i + 1][j], out=rows[i, j])
         torch.add(rows[:, :2], rows[:, 1:], out=weight_taps(out))
 
+    def nine(self, multiply: Callable, a: Tensor, b: Tensor, shape: tuple[int, ...]) -> list[list[Tensor]]:
+        """The products of a's and b's matrices, each as `shape`, three rows of three. One at a time: `bmm` copies an
+        operand whose nine matrices are spaced apart, and is no faster otherwise (D2 forward at 64 images, two Zen 4
+        cores: 17 ms against 27 in fp32, 7.4 against 7.7 in bf16)."""
+        columns = b.shape[2]
+        rooms = self.scratch("m", 9, prod(shape) // columns, columns)
+        m = [multiply(*operands).view(shape) for operands in zip(a, b, rooms, strict=True)]
+        return [m[:3], m[3:6], m[6:]]
 
-def nine_products(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """a (9, M, K) times b (9, K, N), one at a time: `bmm` copies an operand whose nine matrices are spaced apart, and
-    is no faster otherwise (D2 forward at 64 images, two cores: 17 ms against 27 in fp32, 7.4 against 7.7 in bf16)."""
-    for i in range(9):
-        torch.mm(a[i], b[i], out=out[i])
 
-
-def overlap(m: Tensor, out: Tensor) -> None:
-    """B m along axis 2 of each of the three m[i] (.., .., t, ...) → pairs `out` (.., .., 2t + 1, ...).
+def overlap(m: Sequence[Tensor], out: Tensor) -> None:
+    """B m along axis 1: three m[i] (.., t, ...) → pairs `out` (.., 2t + 1, ...).
 
     A tile covers the pairs 2t, 2t + 1 and 2t + 2, the last of which is the next tile's first: there the two add up.
     """
     first, middle, last = m
-    inner = out[:, :, 1::2]
+    inner = out[:, 1::2]
     torch.sub(middle, first, out=inner)
     inner.sub_(last)
-    torch.add(first[:, :, 1:], last[:, :, :-1], out=out[:, :, 2:-1:2])
-    out[:, :, 0].copy_(first[:, :, 0])
-    out[:, :, -1].copy_(last[:, :, -1])
+    torch.add(first[:, 1:], last[:, :-1], out=out[:, 2:-1:2])
+    out[:, 0].copy_(first[:, 0])
+    out[:, -1].copy_(last[:, -1])
 
 
 def weight_taps(weight: Tensor) -> Tensor:

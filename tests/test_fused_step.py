@@ -10,7 +10,7 @@ from dcgan.arch import Arch
 from dcgan.fused import FusedStep
 from dcgan.model import Discriminator, Generator
 from dcgan.step import ReferenceStep, adam
-from kernels import eager, products, tuning
+from kernels import eager, products, tiles, tuning
 from kernels.geometry import Layer
 from kernels.launchers import launchers
 from kernels.pool import Pool
@@ -31,9 +31,11 @@ UPDATES = ("alternating", "simultaneous")
 
 @pytest.fixture(params=["tiled", "library", "launchers"])
 def way(request, monkeypatch) -> str:
-    """How the networks run: on a CPU's products, tiled wherever the geometry allows or the library's; or, as on a GPU,
-    over the kernels' launchers, by their twins."""
+    """How the networks run: on a CPU's products, tiled wherever the geometry allows or the library's, the wider maps in
+    several parts; or, as on a GPU, over the kernels' launchers, by their twins."""
     monkeypatch.setattr(products, "TILED_CHANNELS", 1 if request.param == "tiled" else 1 << 60)
+    monkeypatch.setattr(products, "PART_BYTES", 1 << 14)
+    monkeypatch.setattr(tiles, "CHUNK_BYTES", 1 << 16)
     return request.param
 
 
@@ -175,8 +177,8 @@ def test_bf16_by_the_2x_rule(update, way):
     ("size", "low", "high", "expected"),
     [
         (64, 64, 3, "ImageProduct"),
-        (32, 128, 64, "TiledProduct"),
-        (32, 64, 32, "LibraryProduct"),  # too thin to pay
+        (16, 256, 128, "TiledProduct"),
+        (32, 128, 64, "LibraryProduct"),  # too thin to pay
         (14, 256, 128, "LibraryProduct"),  # 7×7 does not split into tiles
     ],
 )
