@@ -19,7 +19,7 @@ from interpreter import assert_accurate, generated, tensor
 
 from kernels import reference
 from kernels._cuda import conv as products
-from kernels._cuda import launch
+from kernels.arguments import tickets
 from kernels.geometry import CUDA_CLUSTERS, CUDA_COLUMNS, CudaConfig, Epilogue, Merge
 
 OURS = {"conv": products.conv, "conv_transpose": products.conv_transpose}
@@ -102,7 +102,7 @@ def test_the_last_blocks_settle_the_batch_norm(source):
     _, means = together(one, Merge(None, None))  # 36 tiles: two rounds
     _, partials = products.conv_transpose(x, weight, one, **options)
     torch.testing.assert_close(means, reference.merge_sums(partials, 18 * 256)[2], rtol=2e-5, atol=2e-5)
-    assert not launch.tickets(x, 1).any()
+    assert not tickets(x, 1).any()
 
 
 @pytest.mark.parametrize(

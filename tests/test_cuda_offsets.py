@@ -12,9 +12,9 @@ import torch
 from cuda_host import call, library, source_of
 
 from kernels import reference
-from kernels._cuda.adam import BACKOFF, GROWTH, INTERVAL
 from kernels._cuda.conv import box
 from kernels._cuda.launch import DTYPES
+from kernels.arguments import BACKOFF, GROWTH, INTERVAL
 from kernels.geometry import Epilogue
 
 BF16 = torch.bfloat16

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "kernels": {"kernels"},
 }
 BACKENDS = ("kernels._triton", "kernels._cuda", "kernels.eager", "kernels.reference")
-VOCABULARY = ("kernels.geometry", "kernels.dependent")
+VOCABULARY = ("kernels.geometry", "kernels.arguments", "kernels.dependent")
 WITHOUT_TORCH = ("dcgan.errors", "dcgan.data")
 
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from kernels._cuda import launch as _launch
 from kernels._cuda.launch import DTYPES, slope_of, vector_of
-from kernels.geometry import Activation, Merge, Partials, check_nhwc, check_tensor
+from kernels.arguments import check_statistics, check_sums, rows_of
+from kernels.geometry import Activation, Merge, Partials, check_tensor
 
 THREADS, COLUMNS, UNROLL = 256, 32, 4
 """As in csrc: of a block, at most of them across the channels, and rows a thread has in flight."""
@@ -26,15 +27,6 @@ def tile_rows(tensor: Tensor, groups: int) -> tuple[int, int]:
     tiles = groups * -(-rows // smallest) * -(-vectors // columns)
     height = smallest * min(16, max(1, tiles // TILES))
     return height, -(-rows // height)
-
-
-def rows_of(name: str, tensor: Tensor, groups: int) -> int:
-    """Pixels of one group; ValueError where `tensor` is not (N, H, W, C) or `groups` does not divide N."""
-    check_nhwc(name, tensor)
-    images = tensor.shape[0]
-    if groups < 1 or images % groups:
-        raise ValueError(f"groups is {groups}: it must divide the batch of {images}")
-    return images // groups * tensor.shape[1] * tensor.shape[2]
 
 
 def statistics(y: Tensor, groups: int = 1, merge: Merge | None = None) -> Partials | Tensor:
@@ -56,37 +48,9 @@ def merge_statistics(
     running_var: Tensor | None = None, tracked: Tensor | None = None, eps: float = 1e-5, momentum: float = 0.1,
     rows: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """The batch-norm state from the tiles' statistics; moves the running statistics.
-
-    Args:
-        partials: of `statistics`, or of a GEMM's epilogue.
-        weight, bias: batch norm's own, (C,) float32.
-        running_mean, running_var: (C,) float32, moved in place once a group, in order, with the unbiased variance.
-        tracked: `num_batches_tracked`, () int64, grows by the number of groups.
-        eps, momentum: as in BatchNorm2d.
-        rows: pixels of a group where the caller knows: 1 is refused, as BatchNorm2d refuses it.
-
-    Returns:
-        (4, groups, C) float32, rows as in `kernels.geometry.STATE`.
-
-    Raises:
-        ValueError: shapes or dtypes that do not fit.
-    """
-    _, groups, tiles, channels = partials.values.shape
-    if rows == 1:
-        raise ValueError("a group has 1 value a channel: training-mode batch norm needs at least 2")
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var: give both or neither")
-    check_tensor("partials.values", partials.values, (2, groups, tiles, channels), torch.float32, None)
-    if partials.counts is None:
-        raise ValueError("partials.counts is None: these are a gradient's sums, not statistics")
-    check_tensor("partials.counts", partials.counts, (groups, tiles), torch.float32, partials.values)
+    """The batch-norm state (4, groups, C); arguments and errors as `kernels._triton.batch_norm.merge_statistics`'s."""
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    for name, vector in vectors.items():
-        if vector is not None:
-            check_tensor(name, vector, (channels,), torch.float32, partials.values)
-    if tracked is not None:
-        check_tensor("tracked", tracked, (), torch.int64, partials.values)
+    groups, tiles, channels = check_statistics(partials, vectors, tracked, rows)
     state = partials.values.new_empty((4, groups, channels))
     _launch.launch(
         "bn_merge_statistics", *partials, *vectors.values(), tracked, state, groups, tiles, channels, eps, momentum
@@ -109,14 +73,7 @@ def apply(y: Tensor, state: Tensor, activation: Activation = "none", slope: floa
 def activation_grad(
     da: Tensor, y: Tensor, state: Tensor, activation: Activation = "none", slope: float = 0.2
 ) -> tuple[Tensor, Partials]:
-    """g and its tiles' sums, where no GEMM's epilogue has made them: modules that fuse no further than themselves.
-
-    Args:
-        da: gradient of the activated output (N, H, W, C), y's dtype.
-        y: raw convolution output (N, H, W, C).
-        state: (4, groups, C) float32 of `merge_statistics`.
-        activation, slope: what the forward pass applied; `none`, `relu` or `leaky_relu`.
-    """
+    """g and its tiles' sums; arguments as `kernels._triton.batch_norm_grad.activation_grad`'s."""
     groups, channels = state.shape[1], y.shape[-1]
     rows = rows_of("y", y, groups)
     check_tensor("da", da, tuple(y.shape), y.dtype, y)
@@ -133,21 +90,10 @@ def activation_grad(
 def merge_sums(
     partials: Partials, rows: int, out: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of batch norm's weight and bias, (C,) float32, and what `apply_grad` subtracts, (2, groups, C).
-
-    Args:
-        partials: of a `batch_norm_grad` epilogue or of `activation_grad`.
-        rows: pixels of one group, images × height × width.
-        out: where the two gradients go; new tensors where None.
-    """
+    """Gradients of batch norm's weight and bias, (C,), and what `apply_grad` subtracts, (2, groups, C); arguments as
+    `kernels._triton.batch_norm_grad.merge_sums`'s."""
+    dweight, dbias, means = check_sums(partials, rows, out)
     _, groups, tiles, channels = partials.values.shape
-    check_tensor("partials.values", partials.values, (2, groups, tiles, channels), torch.float32, None)
-    if rows < 1:
-        raise ValueError(f"rows is {rows}: a group has at least 1 pixel")
-    means = partials.values.new_empty((2, groups, channels))
-    dweight, dbias = (means.new_empty(channels), means.new_empty(channels)) if out is None else out
-    for name, gradient in (("out[0]", dweight), ("out[1]", dbias)):
-        check_tensor(name, gradient, (channels,), torch.float32, means)
     _launch.launch("bn_merge_sums", partials.values, dweight, dbias, means, rows, groups, tiles, channels)
     return dweight, dbias, means
 

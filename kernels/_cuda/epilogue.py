@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels._cuda.launch import tickets
+from kernels.arguments import tickets
 from kernels.geometry import Epilogue, Partials, check_nhwc, check_tensor
 
 

@@ -6,7 +6,6 @@ replay the launch for as long as they do. The step is counted on the device, whe
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -16,9 +15,9 @@ from torch import Tensor
 from kernels._triton.dependent import after_previous
 from kernels._triton.launch import Job, Launch
 from kernels._triton.ticket import last_program
+from kernels.arguments import BACKOFF, GROWTH, INTERVAL, AdamTable, check_update, table_of
 
 BLOCK = 1024
-GROWTH, BACKOFF, INTERVAL = 2.0, 0.5, 2000  # torch.amp.GradScaler's defaults
 NAMES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -125,89 +124,12 @@ def update(
         tl.store(copy + i, new.to(COPY), mask=mask)
 
 
-@dataclass(frozen=True)
-class AdamTable:
-    """Where the tensors are: made once, on the host, and valid until one of them moves.
-
-    addresses: (tensors, 6) int64: of p, g, m, v and the copy (0 for none), and the number of elements.
-    blocks: (programs, 2) int64: each program's tensor and first element.
-    copy_dtype: of the copies.
-    flags: (2,) int32: a ticket, and whether a gradient overflowed; both 0 between launches.
-    tensors: what the addresses point to, kept alive.
-    """
-
-    addresses: Tensor
-    blocks: Tensor
-    copy_dtype: torch.dtype
-    flags: Tensor
-    tensors: tuple[Tensor, ...]
-
-
 def adam_table(
     params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
     copies: Sequence[Tensor | None],
 ) -> AdamTable:  # fmt: skip
-    """The table of `adam`.
-
-    Args:
-        params, grads, exp_avgs, exp_avg_sqs: float32, on one device, dense; of equal strides, since elements are
-            paired as they lie in memory.
-        copies: for each parameter None, or a bfloat16 or float16 tensor of its shape and strides. For a convolution's
-            weight in channels_last memory this is the packed weight of the GEMMs, seen from the parameter's side.
-
-    Raises:
-        ValueError: a tensor that does not fit its parameter, by name and index.
-    """
-    lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "copies": copies}
-    for name, tensors in lists.items():
-        if len(tensors) != len(params):
-            raise ValueError(f"{name} has {len(tensors)} tensors: expected {len(params)}, one a parameter")
-    if not params:
-        raise ValueError("params is empty: there is nothing to update")
-    copy_dtypes = {c.dtype for c in copies if c is not None} or {torch.bfloat16}
-    if len(copy_dtypes) > 1 or not copy_dtypes <= set(NAMES):
-        raise ValueError(f"copies are of {copy_dtypes}: accepted are all bfloat16 or all float16")
-    rows, blocks = [], []
-    for index, group in enumerate(zip(*lists.values(), strict=True)):
-        p = group[0]
-        for name, t in zip(lists, group, strict=True):
-            if t is None:
-                continue
-            _check_fits(f"{name}[{index}]", t, p, t.dtype if name == "copies" else torch.float32)
-        if p.untyped_storage().size() < p.numel() * 4 or not _is_dense(p):
-            raise ValueError(f"params[{index}] has strides {p.stride()}: it must be dense, without gaps or overlap")
-        rows.append([t.data_ptr() if t is not None else 0 for t in group] + [p.numel()])
-        blocks += [[index, first] for first in range(0, p.numel(), BLOCK)]
-    device = params[0].device
-    keep = tuple(t for tensors in lists.values() for t in tensors if t is not None)
-    flags = torch.zeros(2, dtype=torch.int32, device=device)
-    return AdamTable(
-        torch.tensor(rows, device=device), torch.tensor(blocks, device=device), copy_dtypes.pop(), flags, keep
-    )
-
-
-def _is_dense(t: Tensor) -> bool:
-    """Whether the elements fill one stretch of memory."""
-    pairs = sorted((stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1)
-    expected = 1
-    for stride, size in pairs:
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def _check_fits(name: str, t: Tensor, p: Tensor, dtype: torch.dtype) -> None:
-    if t.dtype != dtype or t.device != p.device:
-        raise ValueError(f"{name} is {t.dtype} on {t.device}: expected {dtype} on {p.device}")
-    places = [(s, n) for s, n in zip(t.stride(), t.shape, strict=True) if n > 1]
-    if t.shape != p.shape or places != [(s, n) for s, n in zip(p.stride(), p.shape, strict=True) if n > 1]:
-        raise ValueError(
-            f"{name} has shape {tuple(t.shape)} and strides {t.stride()}: expected its parameter's, "
-            f"{tuple(p.shape)} and {p.stride()}"
-        )
-    if t.data_ptr() % 16:
-        raise ValueError(f"{name} starts at address {t.data_ptr():#x}: it must be 16-byte aligned")
+    """The table of `adam`; arguments and errors as `kernels.arguments.table_of`'s."""
+    return table_of(BLOCK, params, grads, exp_avgs, exp_avg_sqs, copies)
 
 
 def prepare_adam(
@@ -215,15 +137,7 @@ def prepare_adam(
     loss_scale: Tensor | None = None, move_scale: bool = True,
 ) -> Job:  # fmt: skip
     """The job of `adam`; see there."""
-    if step.dtype not in (torch.int64, torch.float32) or step.ndim:
-        raise ValueError(f"step is {step.dtype} of shape {tuple(step.shape)}: expected int64 or float32 of shape ()")
-    if not 0 <= betas[0] < 1 or not 0 <= betas[1] < 1:
-        raise ValueError(f"betas is {betas}: accepted are 0 to 1, without 1")
-    if loss_scale is not None and (loss_scale.dtype != torch.float32 or loss_scale.shape != (3,)):
-        raise ValueError(f"loss_scale is {loss_scale.dtype} of shape {tuple(loss_scale.shape)}: expected float32 (3,)")
-    for name, tensor in (("step", step), ("loss_scale", loss_scale)):
-        if tensor is not None and tensor.device != table.flags.device:
-            raise ValueError(f"{name} is on {tensor.device}: expected {table.flags.device}")
+    check_update(table, step, betas, loss_scale)
     arguments = {
         "table": table.addresses, "blocks": table.blocks, "step": step, "loss_scale": loss_scale, "flags": table.flags,
         "lr": float(lr), "BETA1": float(betas[0]), "BETA2": float(betas[1]), "LOG1": logarithm(betas[0]),
@@ -260,5 +174,8 @@ def adam(
             infinite or NaN the update is skipped, else it takes gradients / scale, the stored ones staying as they are.
         move_scale: then let the scale move: halved after an overflow, doubled after 2000 steps without, as
             torch.amp.GradScaler. False for all but the last network of a step that share a scale.
+
+    Raises:
+        ValueError: an argument that does not fit, by name.
     """
     prepare_adam(table, step, lr, betas, eps, loss_scale, move_scale).run()

@@ -14,7 +14,8 @@ from kernels._triton.dependent import after_previous
 from kernels._triton.epilogue import activate
 from kernels._triton.launch import Job, Launch
 from kernels._triton.merge import merge, merge_arguments, settle_statistics
-from kernels.geometry import Activation, Epilogue, Merge, Partials, check_nhwc, check_tensor
+from kernels.arguments import check_statistics, rows_of
+from kernels.geometry import Activation, Epilogue, Merge, Partials, check_tensor
 
 TILE_ELEMENTS = 4096
 MERGED_TILES = 64
@@ -118,15 +119,6 @@ def apply_kernel(
     tl.store(out + offsets, activate(z, ACTIVATION, SLOPE).to(out.dtype.element_ty), mask=mask)
 
 
-def rows_of(name: str, tensor: Tensor, groups: int) -> int:
-    """Pixels of one group; ValueError where `tensor` is not (N, H, W, C) or `groups` does not divide N."""
-    check_nhwc(name, tensor)
-    images = tensor.shape[0]
-    if groups < 1 or images % groups:
-        raise ValueError(f"groups is {groups}: it must divide the batch of {images}")
-    return images // groups * tensor.shape[1] * tensor.shape[2]
-
-
 def prepare_statistics(y: Tensor, groups: int = 1, merge: Merge | None = None) -> Job:
     """The job of `statistics`; see there."""
     rows, channels = rows_of("y", y, groups), y.shape[3]
@@ -157,21 +149,8 @@ def prepare_merge_statistics(
     rows: int | None = None,
 ) -> Job:  # fmt: skip
     """The job of `merge_statistics`; see there."""
-    _, groups, tiles, channels = partials.values.shape
-    if rows == 1:
-        raise ValueError("a group has 1 value a channel: training-mode batch norm needs at least 2")
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var: give both or neither")
-    check_tensor("partials.values", partials.values, (2, groups, tiles, channels), torch.float32, None)
-    if partials.counts is None:
-        raise ValueError("partials.counts is None: these are a gradient's sums, not statistics")
-    check_tensor("partials.counts", partials.counts, (groups, tiles), torch.float32, partials.values)
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    for name, vector in vectors.items():
-        if vector is not None:
-            check_tensor(name, vector, (channels,), torch.float32, partials.values)
-    if tracked is not None:
-        check_tensor("tracked", tracked, (), torch.int64, partials.values)
+    groups, tiles, channels = check_statistics(partials, vectors, tracked, rows)
     state = partials.values.new_empty((4, groups, channels))
     arguments = {
         "values": partials.values, "counts": partials.counts, **vectors, "tracked": tracked, "state": state,

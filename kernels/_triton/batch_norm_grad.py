@@ -13,12 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._triton.batch_norm import MERGED_CHANNELS, MERGED_TILES, locate, row_grid, row_tile, rows_of
+from kernels._triton.batch_norm import MERGED_CHANNELS, MERGED_TILES, locate, row_grid, row_tile
 from kernels._triton.config import cdiv
 from kernels._triton.dependent import after_previous
 from kernels._triton.epilogue import derivative
 from kernels._triton.launch import Job, Launch
 from kernels._triton.merge import settle_sums
+from kernels.arguments import check_activation, check_sums, rows_of
 from kernels.geometry import Activation, Partials, check_tensor
 
 
@@ -102,8 +103,7 @@ def prepare_activation_grad(
     rows = rows_of("y", y, groups)
     check_tensor("da", da, tuple(y.shape), y.dtype, y)
     check_tensor("state", state, (4, groups, channels), torch.float32, y)
-    if activation == "tanh":
-        raise ValueError("activation is 'tanh': after batch norm, accepted are none, relu and leaky_relu")
+    check_activation(activation)
     grid, tiles = row_grid(rows, groups, channels)
     height, width = row_tile(channels)
     g = torch.empty_like(y)
@@ -131,14 +131,8 @@ def activation_grad(
 
 def prepare_merge_sums(partials: Partials, rows: int, out: tuple[Tensor, Tensor] | None = None) -> Job:
     """The job of `merge_sums`; see there."""
+    dweight, dbias, means = check_sums(partials, rows, out)
     _, groups, tiles, channels = partials.values.shape
-    check_tensor("partials.values", partials.values, (2, groups, tiles, channels), torch.float32, None)
-    if rows < 1:
-        raise ValueError(f"rows is {rows}: a group has at least 1 pixel")
-    means = partials.values.new_empty((2, groups, channels))
-    dweight, dbias = (means.new_empty(channels), means.new_empty(channels)) if out is None else out
-    for name, gradient in (("out[0]", dweight), ("out[1]", dbias)):
-        check_tensor(name, gradient, (channels,), torch.float32, means)
     arguments = {
         "values": partials.values, "dweight": dweight, "dbias": dbias, "means": means, "rows": rows,
         "groups": groups, "tiles": tiles, "C": channels, "BT": MERGED_TILES, "BC": MERGED_CHANNELS,

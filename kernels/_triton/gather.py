@@ -8,7 +8,8 @@ from torch import Tensor
 from kernels._triton.config import cdiv
 from kernels._triton.dependent import after_previous
 from kernels._triton.launch import DTYPES, Job, Launch
-from kernels._triton.ticket import check_ticket, last_program
+from kernels._triton.ticket import last_program
+from kernels.arguments import check_ticket
 from kernels.geometry import check_tensor
 
 BLOCK = 2048

@@ -15,17 +15,16 @@ from torch import Tensor
 from kernels._triton.config import cdiv, power_of_two
 from kernels._triton.dependent import after_previous
 from kernels._triton.epilogue import activate, derivative
-from kernels._triton.launch import DTYPES, Job, Launch
+from kernels._triton.launch import Job, Launch
 from kernels._triton.merge import TOGETHER, gradients_of, settle_sums
-from kernels._triton.ticket import check_ticket, last_program, tickets
-from kernels.geometry import Activation, Merge, Partials, check_nhwc, check_tensor
+from kernels._triton.ticket import last_program
+from kernels.arguments import check_head, check_logits, check_scale, check_ticket, real_bits, tickets
+from kernels.geometry import Activation, Merge, Partials, check_tensor
 
 BLOCK = 2048
 MEANS = 256
 CHANNELS = 64
 IMAGES = 16
-MOST_GROUPS = 31
-"""Their targets are the bits of one int32."""
 
 
 @triton.jit
@@ -167,37 +166,13 @@ def head_grad_kernel(
             settle_sums(values, dweight, dbias, means, per_group * P, groups, P, c, C, TOGETHER)
 
 
-def _check(y: Tensor, weight: Tensor, state: Tensor, activation: Activation) -> tuple[int, int, int]:
-    """Images of a group, pixels and channels, once everything fits."""
-    check_nhwc("y", y)
-    images, height, width, channels = y.shape
-    check_tensor("weight", weight, (1, height, width, channels), y.dtype, y)
-    groups = state.shape[1]
-    check_tensor("state", state, (4, groups, channels), torch.float32, y)
-    if not 1 <= groups <= MOST_GROUPS or images % groups:
-        raise ValueError(f"state is of {groups} groups: they must divide the batch of {images}, and be at most 31")
-    if activation == "tanh":
-        raise ValueError("activation is 'tanh': after batch norm, accepted are none, relu and leaky_relu")
-    return images // groups, height * width, channels
-
-
-def real_bits(real: Sequence[bool], groups: int) -> int:
-    """Bit g says whether group g's target is 1; ValueError where there is not one entry a group."""
-    if len(real) != groups:
-        raise ValueError(f"real has {len(real)} entries: expected {groups}, one a group")
-    return sum(1 << group for group, is_real in enumerate(real) if is_real)
-
-
 def prepare_head(
     y: Tensor, weight: Tensor, state: Tensor, real: Sequence[bool], activation: Activation = "leaky_relu",
     slope: float = 0.2, scale: Tensor | None = None, ticket: Tensor | None = None,
 ) -> Job:  # fmt: skip
     """The job of `head`; see there."""
-    per_group, pixels, channels = _check(y, weight, state, activation)
-    groups = state.shape[1]
-    if scale is not None and (scale.dtype != torch.float32 or not scale.numel() or scale.device != y.device):
-        got = f"{scale.dtype} {tuple(scale.shape)} on {scale.device}"
-        raise ValueError(f"scale is {got}: expected float32 on {y.device}, its first element the scale")
+    per_group, groups, pixels, channels = check_head(y, weight, state, activation)
+    check_scale(scale, y)
     logits, dlogits = (y.new_empty((y.shape[0],), dtype=torch.float32) for _ in range(2))
     means = logits.new_empty((2, groups))
     arguments = {
@@ -234,18 +209,11 @@ def head(
 
 def prepare_gan_loss(logits: Tensor, real: Sequence[bool]) -> Job:
     """The job of `gan_loss`; see there."""
-    if logits.ndim != 1 or not logits.is_contiguous() or logits.dtype not in DTYPES or not len(logits):
-        raise ValueError(
-            f"logits is {logits.dtype} {tuple(logits.shape)} with strides {logits.stride()}: expected contiguous (N,) "
-            "bfloat16, float16 or float32, not empty"
-        )
-    groups = len(real)
-    if not 1 <= groups <= MOST_GROUPS or len(logits) % groups:
-        raise ValueError(f"real has {groups} entries: they must divide the {len(logits)} logits, and be at most 31")
+    per_group, groups = check_logits(logits, real)
     dlogits = logits.new_empty(logits.shape, dtype=torch.float32)
     means = dlogits.new_empty((2, groups))
     arguments = {
-        "logits": logits, "dlogits": dlogits, "means": means, "per_group": len(logits) // groups, "groups": groups,
+        "logits": logits, "dlogits": dlogits, "means": means, "per_group": per_group, "groups": groups,
         "real": real_bits(real, groups), "BLOCK": MEANS,
     }  # fmt: skip
     return Job((Launch(gan_loss_kernel, (groups,), arguments),), (dlogits, means))
@@ -266,9 +234,8 @@ def prepare_head_grad(
     slope: float = 0.2, weight_grad: bool = True, out: Tensor | None = None, merge: Merge | None = None,
 ) -> Job:  # fmt: skip
     """The job of `head_grad`; see there."""
-    per_group, pixels, channels = _check(y, weight, state, activation)
+    per_group, groups, pixels, channels = check_head(y, weight, state, activation)
     check_tensor("dlogits", dlogits, (y.shape[0],), torch.float32, y)
-    groups = state.shape[1]
     g = torch.empty_like(y)
     dw = None
     if weight_grad:

@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._triton.config import cdiv
-from kernels._triton.ticket import last_program, tickets
+from kernels._triton.ticket import last_program
+from kernels.arguments import tickets
 from kernels.geometry import Epilogue, Merge, check_tensor
 
 TOGETHER = 16

@@ -18,12 +18,8 @@ Loads that precede a program's ticket are ordered the same way: a counter that e
 moves is moved after all of them have read it.
 """
 
-import functools
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 
 @triton.jit
@@ -37,28 +33,3 @@ def last_program(ticket, programs):
     if last:
         tl.store(ticket, 0)
     return last
-
-
-def check_ticket(ticket: Tensor | None, like: Tensor) -> Tensor:
-    """`ticket`, or one of the stream's; ValueError where it is none."""
-    if ticket is None:
-        return tickets(like, 1)[:1]
-    if ticket.dtype != torch.int32 or ticket.shape != (1,) or ticket.device != like.device:
-        raise ValueError(
-            f"ticket is {ticket.dtype} {tuple(ticket.shape)} on {ticket.device}: "
-            f"expected int32 (1,) on {like.device}, zero before its first use"
-        )
-    return ticket
-
-
-@functools.cache
-def _tickets(device: torch.device, stream: int, size: int) -> Tensor:
-    return torch.zeros(size, dtype=torch.int32, device=device)
-
-
-def tickets(like: Tensor, count: int) -> Tensor:
-    """At least `count` int32 zeros, which every launch leaves as zeros: so all launches of a stream share them."""
-    if like.device.type == "meta":
-        return torch.empty(count, dtype=torch.int32, device="meta")
-    stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
-    return _tickets(like.device, stream, max(4096, 1 << (count - 1).bit_length()))
