@@ -12,7 +12,7 @@ import torch
 
 from bench.roofline import Ceilings
 from bench.timing import interleave, one_line
-from kernels.matmul import matmul
+from kernels.cpu.matmul import matmul
 
 MATRIX_SIDE = {"cuda": 8192, "cpu": 1024}
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}

@@ -1,4 +1,4 @@
-"""A whole generator or discriminator on a CPU: one explicit forward and one explicit backward over `kernels.products`.
+"""A whole generator or discriminator on a CPU: one explicit forward and one explicit backward over `kernels.cpu`.
 
 The stacks know the layers and their order; `kernels` knows the arithmetic. Parameters and running statistics are those
 of the module; gradients are written to tensors of the stack's own. Maps and operands live in a pool and last until the
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from dcgan.stacks import Judged
-from kernels import eager
+from kernels.cpu import elementwise
+from kernels.cpu.products import choose
 from kernels.geometry import Layer
 from kernels.pool import Pool
-from kernels.products import choose
 
 SLOPE = {"relu": 0.0, "leaky_relu": 0.2}
 
@@ -49,10 +49,10 @@ class Stage:
         """Batch norm and activation of the convolution's output, to `out`; keeps what the backward needs."""
         self.y = out
         if self.norm is None:
-            eager.leaky_relu(z, self.slope, out)
+            elementwise.leaky_relu(z, self.slope, out)
         else:
             self.z = self.dense(z)
-            self.kept = eager.batch_norm_act(self.z, self.norm, self.slope, groups, self.scratch(z), out)
+            self.kept = elementwise.batch_norm_act(self.z, self.norm, self.slope, groups, self.scratch(z), out)
         return out
 
     def activate_backward(self, grad: Tensor, weights: bool, out: Tensor) -> Tensor:
@@ -63,10 +63,10 @@ class Stage:
         n = len(grad)
         y = self.y[-n:]
         if self.norm is None:
-            eager.leaky_relu_backward(grad, y, self.slope, out)
+            elementwise.leaky_relu_backward(grad, y, self.slope, out)
             return out
         kept = self.kept[-(len(self.kept) * n // len(self.y)) :]
-        sums = eager.batch_norm_act_backward(
+        sums = elementwise.batch_norm_act_backward(
             grad, self.z[-n:], y, self.norm, self.slope, kept, weights, self.scratch(grad), out
         )
         if weights:
@@ -104,7 +104,7 @@ class Stack:
         self.stages = stages(model, layers, dtype, pool)
 
     def backends(self) -> list[dict[str, str]]:
-        """The products that `kernels.products.choose` took, and why."""
+        """The products that `kernels.cpu.products.choose` took, and why."""
         return [{"layer": s.layer.name, "backend": "eager", "why": s.product.WHY} for s in self.stages]
 
     def refresh(self) -> bool:
@@ -187,7 +187,7 @@ class Discriminator(Stack):
 
 def judge(logits: Tensor, real: tuple[bool, ...]) -> Judged:
     """The losses of logits (N,), in as many equal groups as `real` has entries."""
-    losses = [eager.gan_loss(part, is_real) for part, is_real in zip(logits.chunk(len(real)), real, strict=True)]
+    losses = [elementwise.gan_loss(part, is_real) for part, is_real in zip(logits.chunk(len(real)), real, strict=True)]
     means = torch.stack(
         [torch.stack([loss.loss for loss in losses]), torch.stack([loss.probability for loss in losses])]
     )
@@ -217,7 +217,7 @@ class Generator(Stack):
         for stage in reversed(self.stages):
             by_z = stage.product.high_map(len(grad))
             if stage is self.stages[-1]:
-                eager.tanh_backward(x, self.images, by_z)
+                elementwise.tanh_backward(x, self.images, by_z)
             else:
                 stage.activate_backward(x, True, by_z)
             high = stage.product.high(by_z)

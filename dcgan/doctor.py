@@ -15,10 +15,10 @@ from dcgan.config import choose_device, fast_bf16
 from dcgan.errors import run_command
 from dcgan.flags import Parser
 from kernels import _cuda, tuning
+from kernels.cpu.products import choose
 from kernels.dispatch import op_of, select
 from kernels.geometry import Layer
 from kernels.pool import Pool
-from kernels.products import choose
 
 Row = tuple[str, str, str, str]
 """Layer, op or kernel, backend, why."""

@@ -37,7 +37,7 @@ class FusedStep:
             bits with float32 sums, fp16 with a loss scale that lives on the device; parameters, gradients, statistics
             and losses stay as they are. `tf32` and `fp16` need a GPU.
         launch: the launchers that the stacks run over, of `kernels.launchers`; where None `auto`'s on a GPU, and on a
-            CPU the products of `kernels.products`.
+            CPU the products of `kernels.cpu.products`.
 
     Attributes:
         dependent: whether kernels are launched as `kernels.dependent` has it; None, the default, as is fastest in the

@@ -7,11 +7,11 @@ from dcgan.config import resolve_precision
 from dcgan.model import Generator
 from dcgan.step import AUTOCAST_DTYPE
 from kernels.conv_bn_act import running_state
+from kernels.cpu.products import choose
 from kernels.dispatch import why_not
 from kernels.geometry import Epilogue, Layer
 from kernels.launchers import launchers
 from kernels.pool import Pool
-from kernels.products import choose
 
 AT_ONCE = {"cpu": 64, "cuda": 1024}
 """Images in a pass, by device: more are no faster (docs/cpu.md has a CPU's figures; a GPU's are not measured)."""
@@ -84,7 +84,7 @@ def layers_of(generator: Generator) -> list[tuple[Layer, Tensor, Tensor | None]]
 
 
 class _OnCpu:
-    """The products of `kernels.products`, the batch norm's scale in their weights, its shift added after them."""
+    """The products of `kernels.cpu.products`, the batch norm's scale in their weights, its shift added after them."""
 
     def __init__(self, generator: Generator, dtype: torch.dtype, precision: str):
         self.arch, self.dtype, self.pool, self.stages = generator.arch, dtype, Pool("cpu"), []

@@ -11,7 +11,7 @@ from bench.peers import ladder
 from bench.peers.ladder import RUNGS, DeviceStep, Graphed, Rung, Runner, build, unavailable, weights
 from bench.verify import differences, oracle, verdict
 from dcgan.arch import Arch
-from kernels import eager
+from kernels.cpu import elementwise
 
 ARCH, IMAGES, CPU = Arch(image_size=16, nz=8, ngf=8, ndf=8), 6, torch.device("cpu")
 EAGER = [rung for rung in RUNGS if not (rung.graph or rung.compile)]
@@ -51,8 +51,9 @@ def broken_by(monkeypatch, what: str) -> Rung:
         monkeypatch.setattr(ladder, "adam", lambda model, **_: torch.optim.Adam(model.parameters(), lr=2e-3))
         return Rung("bf16", ours="reference")
     if what == "real and fake share statistics":
-        apart = eager.batch_norm_act
-        monkeypatch.setattr(eager, "batch_norm_act", lambda z, n, s, groups, *rest: apart(z, n, s, 1, *rest) * groups)
+        apart = elementwise.batch_norm_act
+        shared = lambda z, n, s, groups, *rest: apart(z, n, s, 1, *rest) * groups  # noqa: E731
+        monkeypatch.setattr(elementwise, "batch_norm_act", shared)
         return Rung("bf16", ours="fused")
     if what == "D is never updated":
         step = DeviceStep.__call__

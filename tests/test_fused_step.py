@@ -10,17 +10,18 @@ from dcgan.arch import Arch
 from dcgan.fused import FusedStep
 from dcgan.model import Discriminator, Generator
 from dcgan.step import ReferenceStep, adam
-from kernels import eager, products, tiles, tuning
+from kernels import tuning
+from kernels.cpu import elementwise, products, winograd
+from kernels.cpu.winograd import WinogradProduct
 from kernels.geometry import Layer
 from kernels.launchers import launchers
 from kernels.pool import Pool
-from kernels.tiles import TiledProduct
 
 STEPS = 20
 CASES = {  # architecture and batch
     "start 4, RGB": (Arch(image_size=32, nz=10, ngf=16, ndf=16), 3),
     "start 4, grey, unaligned": (Arch(image_size=16, channels=1, nz=5, ngf=9, ndf=7), 4),
-    "start 7, grey": (Arch(image_size=28, channels=1, nz=6, ngf=8, ndf=8), 5),  # 7×7 maps: never tiled
+    "start 7, grey": (Arch(image_size=28, channels=1, nz=6, ngf=8, ndf=8), 5),  # 7×7 maps: never Winograd's
     "start 8, RGBA": (Arch(image_size=32, channels=4, nz=8, ngf=8, ndf=8, dense=True), 3),
     "64×64": (Arch(nz=7, ngf=4, ndf=4), 3),
     "batch 1": (Arch(image_size=16, nz=5, ngf=16, ndf=16), 1),
@@ -29,13 +30,13 @@ CASES = {  # architecture and batch
 UPDATES = ("alternating", "simultaneous")
 
 
-@pytest.fixture(params=["tiled", "library", "launchers"])
+@pytest.fixture(params=["winograd", "library", "launchers"])
 def way(request, monkeypatch) -> str:
-    """How the networks run: on a CPU's products, tiled wherever the geometry allows or the library's, the wider maps in
-    several parts; or, as on a GPU, over the kernels' launchers, by their twins."""
-    monkeypatch.setattr(products, "TILED_CHANNELS", 1 if request.param == "tiled" else 1 << 60)
+    """How the networks run: on a CPU's products, Winograd's wherever the geometry allows or the library's, the wider maps
+    in several parts; or, as on a GPU, over the kernels' launchers, by their twins."""
+    monkeypatch.setattr(products, "WINOGRAD_CHANNELS", 1 if request.param == "winograd" else 1 << 60)
     monkeypatch.setattr(products, "PART_BYTES", 1 << 14)
-    monkeypatch.setattr(tiles, "CHUNK_BYTES", 1 << 16)
+    monkeypatch.setattr(winograd, "CHUNK_BYTES", 1 << 16)
     return request.param
 
 
@@ -98,8 +99,8 @@ def together(gradients: dict[str, Tensor], network: str) -> Tensor:
 def test_equals_the_reference_over_free_steps_in_fp64(case, update, way):
     arch, images = CASES[case]
     pair = Pair(arch, update, **options(way))
-    tiled = any(isinstance(getattr(s, "product", None), TiledProduct) for s in pair.fused.discriminator.stages)
-    assert tiled == (way == "tiled" and arch.start != 7 and arch.doublings > 1)
+    found = any(isinstance(getattr(s, "product", None), WinogradProduct) for s in pair.fused.discriminator.stages)
+    assert found == (way == "winograd" and arch.start != 7 and arch.doublings > 1)
     for i in range(STEPS):
         real, z = pair.batch(images)
         expected, got = pair.reference(real, z), pair.fused(real, z)
@@ -177,7 +178,7 @@ def test_bf16_by_the_2x_rule(update, way):
     ("size", "low", "high", "expected"),
     [
         (64, 64, 3, "ImageProduct"),
-        (16, 256, 128, "TiledProduct"),
+        (16, 256, 128, "WinogradProduct"),
         (32, 128, 64, "LibraryProduct"),  # too thin to pay
         (14, 256, 128, "LibraryProduct"),  # 7×7 does not split into tiles
     ],
@@ -193,8 +194,8 @@ def test_gradient_at_exactly_zero():
     for slope, reference in ((0.0, torch.relu), (0.2, lambda x: torch.nn.functional.leaky_relu(x, 0.2))):
         x, y, found = zero.clone().requires_grad_(), torch.empty_like(zero), torch.empty_like(zero)
         reference(x).backward(grad)
-        eager.leaky_relu(zero, slope, y)
-        eager.leaky_relu_backward(grad, y, slope, found)
+        elementwise.leaky_relu(zero, slope, y)
+        elementwise.leaky_relu_backward(grad, y, slope, found)
         assert found.item() == x.grad.item() == pytest.approx(slope)
 
 

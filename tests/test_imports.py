@@ -1,4 +1,4 @@
-"""The map of imports: bench, tests → dcgan → kernels → kernels._triton | kernels._cuda | kernels.reference."""
+"""The map of imports: bench, tests → dcgan → kernels → kernels._triton | _cuda | cpu | reference."""
 
 import ast
 import subprocess
@@ -16,8 +16,8 @@ MAY_IMPORT = {
     "dcgan": {"dcgan", "kernels"},
     "kernels": {"kernels"},
 }
-BACKENDS = ("kernels._triton", "kernels._cuda", "kernels.eager", "kernels.reference")
-VOCABULARY = ("kernels.geometry", "kernels.arguments", "kernels.dependent")
+BACKENDS = ("kernels._triton", "kernels._cuda", "kernels.cpu", "kernels.reference")
+VOCABULARY = ("kernels.geometry", "kernels.arguments", "kernels.dependent", "kernels.pool")
 WITHOUT_TORCH = ("dcgan.errors", "dcgan.data")
 
 

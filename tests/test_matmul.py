@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels import matmul as module
-from kernels.matmul import matmul, matmul_of_rows
+from kernels.cpu import matmul as module
+from kernels.cpu.matmul import matmul, matmul_of_rows
 
 LIBRARIES = [
     pytest.param(True, marks=pytest.mark.skipif(not module.ONEDNN, reason="no AVX-512, or torch without oneDNN")),

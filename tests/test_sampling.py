@@ -13,7 +13,7 @@ from kernels import reference
 
 CPU = torch.device("cpu")
 ARCHES = {
-    "64×64": Arch(nz=7, ngf=64),  # tiled layers
+    "64×64": Arch(nz=7, ngf=64),  # two layers by Winograd's products
     "16×16 RGBA": Arch(16, 4, 5, 6, 6),
     "28×28 grey": Arch(28, 1, 5, 8, 8),
     "32×32 dense": Arch(32, 3, 5, 8, 8, dense=True),

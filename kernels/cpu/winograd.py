@@ -1,4 +1,4 @@
-"""The three products of a k4 s2 p1 layer with 9/16 of the multiplications: F(2×2, 2×2) minimal filtering.
+"""The three products of a k4 s2 p1 layer with 9/16 of the multiplications: Winograd's F(2×2, 2×2) minimal filtering.
 
 A k4 s2 convolution is a 2×2 convolution of stride 1 over pairs of pixels: with padded rows h = 2p + φ and taps
 r = 2k + φ, `low[p] = Σ_{k,φ} high[2(p + k) + φ] · w[2k + φ]`, so φ (of both axes) joins the channels: 4C of them. On
@@ -25,8 +25,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from kernels.cpu.matmul import matmul, matmul_of_rows
 from kernels.geometry import Layer
-from kernels.matmul import matmul, matmul_of_rows
 from kernels.pool import Pool
 
 CHUNK_BYTES = 16 << 20
@@ -34,13 +34,13 @@ CHUNK_BYTES = 16 << 20
 32 of L3). At half of it a step on Zen 5 cores is 1 to 3 % slower in fp32; bf16, and twice of it, make no difference."""
 
 
-class TiledProduct:
+class WinogradProduct:
     """A layer between a `high` map (N, C, 2P, 2P) and a `low` map (N, C', P, P), P even; see `products`.
 
     Maps are NCHW-shaped in channels_last memory and of `dtype`; the operands in between belong to `pool`.
     """
 
-    WHY = "tiled: nine matrix products for sixteen"
+    WHY = "Winograd F(2×2, 2×2): nine matrix products for sixteen"
 
     def __init__(self, layer: Layer, low: int, high: int, dtype: torch.dtype, pool: Pool):
         self.name, self.dtype, self.pool = layer.name, dtype, pool

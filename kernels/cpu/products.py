@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.cpu.winograd import WinogradProduct, nchw, nhwc
 from kernels.geometry import Layer
 from kernels.pool import Pool
-from kernels.tiles import TiledProduct, nchw, nhwc
 
-TILED_CHANNELS = 128 * 256
-"""Low channels times high from which the tiled products pay; below, the transforms cost more than they save. A whole
-step with 64 × 128 channels tiled too, over one without, on two Zen 5 cores: `dcgan64` 0.99 in fp32 and 1.05 in bf16,
+WINOGRAD_CHANNELS = 128 * 256
+"""Low channels times high from which Winograd's products pay; below, the transforms cost more than they save. A whole
+step with 64 × 128 channels so, too, over one without, on two Zen 5 cores: `dcgan64` 0.99 in fp32 and 1.05 in bf16,
 `small32` 1.18 and 1.13. One Zen 4 core, the library's time over theirs: 32 × 64 channels 0.7 to 0.9, 64 × 128 0.9 to
 1.1, 128 × 256 1.3, 256 × 512 1.5."""
 
@@ -146,7 +146,7 @@ class PatchProduct:
         nhwc(out).copy_((low.t() @ high).view(nhwc(out).shape))
 
 
-Product = LibraryProduct | ImageProduct | PatchProduct | TiledProduct
+Product = LibraryProduct | ImageProduct | PatchProduct | WinogradProduct
 
 
 def choose(layer: Layer, dtype: torch.dtype, pool: Pool) -> Product:
@@ -159,6 +159,6 @@ def choose(layer: Layer, dtype: torch.dtype, pool: Pool) -> Product:
     elif (layer.kernel, layer.stride, layer.padding) == (4, 2, 1):
         if high <= 4:
             kind = ImageProduct
-        elif smaller % 2 == 0 and low * high >= TILED_CHANNELS:
-            kind = TiledProduct
+        elif smaller % 2 == 0 and low * high >= WINOGRAD_CHANNELS:
+            kind = WinogradProduct
     return kind(layer, low, high, dtype, pool)

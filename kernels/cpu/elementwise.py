@@ -1,4 +1,4 @@
-"""Launchers of the eager backend: what stands between the convolutions of a step, in PyTorch's own operations.
+"""What stands between the convolutions of a step: batch norm, activations, the loss.
 
 Each is a pure function of its tensors, apart from outputs named `out` and batch norm's running statistics, and has its
 backward beside it; nothing here uses autograd. Maps are (N, C, H, W) in channels_last memory; batch norm's weights and
