@@ -89,7 +89,10 @@ def measure(
     target = torch.empty_like(source)
 
     def multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
-        torch.mm(a, b, out=out) if is_gpu(device) else matmul(a, b, out)
+        if is_gpu(device):
+            torch.mm(a, b, out=out)
+        else:
+            matmul(a, b, lambda rows, columns: out)
 
     def product(operands: tuple[torch.Tensor, ...], allow_tf32: bool) -> Callable[[], None]:
         def call() -> None:

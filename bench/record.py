@@ -54,7 +54,8 @@ def cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    pairs = (line.partition(":") for line in reversed(lines))  # reversed: the first processor's stand last
+    facts = {key.strip(): value.strip() for key, _, value in pairs}
     name = facts.get("model name") or platform.processor() or platform.machine()
     if "cpu family" in facts and "model" in facts:
         name += f", family {facts['cpu family']} model {facts['model']}"

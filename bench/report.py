@@ -85,7 +85,7 @@ def table(found: list[Record], root: Path = record.ROOT) -> str:
     note = (
         "One training step of `--fused` (of `dcgan64` unless another preset is named), verified against the reference "
         "step, then timed beside PyTorch's DCGAN example and its faster variants in one process "
-        "(on a CPU without torch.compile). The floor is "
+        "(on a CPU those by torch.compile only where a record was asked for them). The floor is "
         "`bench/roofline.py` at rates measured on the same machine; memory is the peak over the example's. "
         "`python -m bench.report` writes this table; docs/benchmarks.md says how the figures are made."
     )

@@ -103,10 +103,6 @@ class Stack:
         optimizer.register_load_state_dict_post_hook(match_layout)
         self.stages = stages(model, layers, dtype, pool)
 
-    def backends(self) -> list[dict[str, str]]:
-        """The products that `kernels.cpu.products.choose` took, and why."""
-        return [{"layer": s.layer.name, "backend": "eager", "why": s.product.WHY} for s in self.stages]
-
     def refresh(self) -> bool:
         """Derive the operands from the weights, which may have been loaded since the last step."""
         for stage in self.stages:

@@ -11,17 +11,12 @@ from collections.abc import Iterator
 import torch
 
 from dcgan.arch import PRESETS, Preset
+from dcgan.backends import Row, fused_step
 from dcgan.config import choose_device, fast_bf16
 from dcgan.errors import run_command
 from dcgan.flags import Parser
 from kernels import _cuda, tuning
-from kernels.cpu.products import choose
 from kernels.dispatch import op_of, select
-from kernels.geometry import Layer
-from kernels.pool import Pool
-
-Row = tuple[str, str, str, str]
-"""Layer, op or kernel, backend, why."""
 
 
 def version(package: str) -> str:
@@ -55,54 +50,12 @@ def ops(preset: Preset, device: torch.device, dtype: torch.dtype) -> Iterator[Ro
     """The public ops on each layer of a preset, and those that belong to none."""
     arch, batch = preset.arch, preset.batch_size
     for layer in arch.generator + arch.discriminator:
-        yield layer.name, op_of(layer), *select(op_of(layer), layer, device, dtype, images=batch)
-    yield "D", "gan_loss", *select("gan_loss", None, device, dtype, images=2 * batch)
+        yield Row(layer.name, op_of(layer), *select(op_of(layer), layer, device, dtype, images=batch))
+    yield Row("D", "gan_loss", *select("gan_loss", None, device, dtype, images=2 * batch))
     for name, layers in (("G", arch.generator), ("D", arch.discriminator)):
         parameters = sum(layer.parameters for layer in layers)
-        yield name, "adam_step", *select("adam_step", None, device, torch.float32, images=parameters)
-    yield "", "gather_images", *select("gather_images", None, device, dtype, images=batch)
-
-
-def fused_step(preset: Preset, device: torch.device, dtype: torch.dtype) -> Iterator[Row]:
-    """What `--fused` runs for each layer: on a CPU one way for all its products; on a GPU a tile for each of them,
-    whether they apply the batch norm of their input in the load (`deferred`) or find it applied, and how all launches
-    follow each other."""
-    arch, precision = preset.arch, tuning.precision_of(dtype, tf32=False)
-    if device.type == "cuda":
-        ask, why = tuning.dependent(tuning.device_name(device), precision, preset.batch_size)
-        yield "all", "launches", tuning.LAUNCHES[ask], why
-    for layers, images in ((arch.generator, preset.batch_size), (arch.discriminator, 2 * preset.batch_size)):
-        for before, layer in zip((None, *layers), layers, strict=False):
-            if device.type != "cuda":
-                yield layer.name, "all", "eager", choose(layer, dtype, Pool(device)).WHY
-            elif layer.stride == 2:
-                name = tuning.device_name(device)
-                for kernel, shape in products(layer):
-                    yield layer.name, kernel, *tuning.explain(name, kernel, shape, precision, images)
-                if before is not None and before.batch_norm:
-                    yield layer.name, "input's batch norm", *applied(name, layer, precision, images)
-                    if layers is arch.discriminator:  # frozen, in G's step
-                        frozen = applied(name, layer, precision, preset.batch_size, weights=False)
-                        yield layer.name, "  where D is frozen", *frozen
-            elif layer.kind == "conv":
-                yield layer.name, "head", "triton", "with the loss, and batch norm before it"
-            else:
-                yield layer.name, "matmul", "library", "a plain matrix product"
-
-
-def applied(name: str | None, layer: Layer, precision: str, images: int, weights: bool = True) -> tuple[str, str]:
-    """Who applies the batch norm of a layer's input, in the words of a tuned table, and why."""
-    deferred, why = tuning.deferred(name, layer, precision, images, weights)
-    return tuning.INPUTS[deferred], why
-
-
-def products(layer: Layer) -> Iterator[tuple[str, tuple[int, int, int]]]:
-    """A layer's products, forward, by its input and by its weight, as the tuned table calls them."""
-    forward = (layer.in_channels, layer.out_channels, layer.in_size)
-    backward = (layer.out_channels, layer.in_channels, layer.out_size)
-    yield layer.kind, forward
-    yield "conv_transpose" if layer.kind == "conv" else "conv", backward
-    yield "wgrad", backward if layer.kind == "conv" else forward
+        yield Row(name, "adam_step", *select("adam_step", None, device, torch.float32, images=parameters))
+    yield Row("", "gather_images", *select("gather_images", None, device, dtype, images=batch))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -115,6 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     device, preset = choose_device(args.device), PRESETS[args.preset]
     dtype = torch.bfloat16 if fast_bf16(device) else torch.float32
+    step = fused_step(preset.arch, preset.batch_size, device, dtype, tuning.precision_of(dtype, tf32=False))
     setting = f"{args.preset} at batch {preset.batch_size}, {str(dtype).removeprefix('torch.')}"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # each fallback is a line of the table
@@ -122,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{name:<12}{value}")
         for title, rows in (
             (f"The ops of `kernels` on {setting}, under auto:", ops(preset, device, dtype)),
-            (f"The step of --fused on {setting}:", fused_step(preset, device, dtype)),
+            (f"The step of --fused on {setting}:", step),
         ):
             print(f"\n{title}")
             for layer, op, backend, why in rows:

@@ -80,10 +80,6 @@ class FusedStep:
             self.generator = stacks.Generator(generator, optimizer_g, *parts)
             self.discriminator = stacks.Discriminator(discriminator, optimizer_d, *parts)
 
-    def backends(self) -> list[dict[str, str]]:
-        """What runs each layer, and why, for config.json and the report."""
-        return self.generator.backends() + self.discriminator.backends()
-
     def state_dict(self) -> dict:
         """What a step keeps beside the networks and their optimisers: fp16's loss scale."""
         return {} if self.loss_scale is None else {"loss_scale": self.loss_scale.cpu()}
@@ -132,7 +128,7 @@ class FusedStep:
         ask = self.dependent
         if ask is None:
             ask, _ = tuning.dependent(tuning.device_name(self.pool.device), self.precision, len(real))
-        with dependent_launches(ask):
+        with dependent_launches(ask), torch.autocast(self.pool.device.type, enabled=False):  # of the caller's
             return self._run(real, z)
 
     def _run(self, real: Tensor, z: Tensor) -> Tensor:

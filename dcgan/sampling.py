@@ -23,11 +23,11 @@ MOST_GRAPHS = 4
 class Sampler:
     """Images from noise by a generator in evaluation mode: batch norm by its running statistics.
 
-    On a CPU the products are those of the fused step, with 9/16 of the multiplications, batch norm is folded into the
-    weights, and `AT_ONCE` images go through all layers at a time. On a GPU a layer is one kernel, its batch norm and
-    activation in the product's epilogue (the first is the library's product and a pass), and all of them are one CUDA
-    graph for each number of images. Where the kernels cannot run, the generator runs as it is. Not for two threads at
-    a time.
+    On a CPU the products are those of the fused step, wide layers with 9/16 of the multiplications; batch norm is
+    folded into the weights, and `AT_ONCE` images go through all layers at a time. On a GPU a layer is one kernel, its
+    batch norm and activation in the product's epilogue (the first is the library's product and a pass), and all of them
+    are one CUDA graph for each number of images. Where the kernels cannot run, the generator runs as it is. Not for two
+    threads at a time.
 
     Args:
         generator: weights and statistics are taken over as they are now; it is not changed, nor its mode regarded.
@@ -57,8 +57,7 @@ class Sampler:
             z: noise (N, nz) on the generator's device, any floating-point dtype.
 
         Returns:
-            (N, C, H, W) of the precision's dtype, channels_last. On a GPU the next call for as many writes over them,
-            unless they are more than `AT_ONCE`.
+            (N, C, H, W) of the precision's dtype, channels_last.
 
         Raises:
             ValueError: z is of another shape, or on another device.
@@ -139,7 +138,7 @@ class _OnGpu:
         graph, room, images = self.graphs[n]
         room.copy_(z)
         graph.replay()
-        return images
+        return images.clone()  # the graph's own are written over by its next replay
 
     def capture(self, room: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         """The graph that reads noise from `room`, and the images that it writes."""

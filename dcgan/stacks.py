@@ -92,13 +92,6 @@ class Stack:
             for layer, convolution in zip(self.layers, convolutions, strict=True)
         ]
 
-    def backends(self) -> list[dict[str, str]]:
-        """What runs each layer, and why; each product's tile is `python -m dcgan.doctor`'s to say."""
-        name = "eager" if self.launch is reference else "triton"
-        product = {"backend": "library", "why": "a plain matrix product; its batch norm is the stack's"}
-        stack = {"backend": name, "why": "the stack's launchers, tuned where the device has a table"}
-        return [{"layer": layer.name} | (product if layer.in_size == 1 else stack) for layer in self.layers]
-
     def refresh(self) -> bool:
         """Take over what changed outside; True where that voids a captured graph."""
         void = self.weights.refresh()
@@ -175,7 +168,7 @@ class Discriminator(Stack):
             self.kept.append(Kept(x if weights else None, y, state))
             x = y if stage.norm is None or last else self.handed_on(stage, following, y, state, weights)
         self.judged = Judged(
-            *self.launch.head(x, head.weight, state, real, layer.activation, scale=self.weights.loss_scale)
+            *self.launch.head(x, head.weight, state, real, body[-1].layer.activation, scale=self.weights.loss_scale)
         )
         return self.judged
 

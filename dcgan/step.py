@@ -90,9 +90,11 @@ class ReferenceStep:
             self.scaler.load_state_dict(state)
 
     def autocast(self) -> AbstractContextManager:
-        """A fresh region for each forward pass: autocast's weight cache must not outlive an optimiser's step."""
+        """A region for a forward pass, without autocast's weight cache: it would outlive an optimiser's step where the
+        caller has a region of its own around the step."""
         dtype = AUTOCAST_DTYPE.get(self.precision)
-        return torch.autocast(self.device_type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+        enabled = dtype is not None
+        return torch.autocast(self.device_type, dtype or torch.bfloat16, enabled=enabled, cache_enabled=False)
 
     def discriminate(self, images: Tensor) -> Tensor:
         with self.autocast():

@@ -11,6 +11,7 @@ import torch
 
 from dcgan import config as settings
 from dcgan.arch import PRESETS
+from dcgan.backends import fused_step
 from dcgan.checkpoint import lock, step_of, steps
 from dcgan.config import Config
 from dcgan.data import ImageSet, open_images
@@ -106,24 +107,34 @@ def resolve(flags: dict) -> tuple[Config, ImageSet]:
     )
     chosen |= {name: value for name, value in flags.items() if name in chosen and name not in own}
     config = Config(**chosen)
+    fall_back(config)
     check_backends(config)
     return config, images
 
 
-def check_backends(config: Config) -> None:
-    """Raise InputError where a fused module could not run by the backend asked for, or not without a fallback."""
+def fall_back(config: Config) -> None:
+    """Where the kernels cannot run on the device: change `--fused` to `--fused modules`, and say so.
+
+    Raises:
+        InputError: with `--strict`.
+    """
     dtype, device = AUTOCAST_DTYPE.get(config.precision, torch.float32), torch.device(config.device)
     if config.fused == "stacks" and device.type == "cuda" and (reason := why_not("triton", device, dtype)):
         if config.strict:
             raise InputError(f"--fused --strict: {reason}")
         say(f"warning: {reason}: training by --fused modules instead")
         config.fused, config.cuda_graph = "modules", config.cuda_graph and config.precision != "fp16"
+
+
+def check_backends(config: Config) -> None:
+    """Raise InputError where a fused module could not run by the backend asked for, or not without a fallback."""
     if config.fused != "modules":
         return
+    dtype, device = AUTOCAST_DTYPE.get(config.precision, torch.float32), torch.device(config.device)
     try:
         with use_backend(config.backend, config.strict):
             for layer in config.arch.generator + config.arch.discriminator:
-                select(op_of(layer), layer, torch.device(config.device), dtype)
+                select(op_of(layer), layer, device, dtype)
     except BackendError as error:
         raise InputError(f"--backend {config.backend}{' --strict' if config.strict else ''}: {error}") from None
 
@@ -161,6 +172,7 @@ def resolve_resumed(flags: dict, run: Path) -> tuple[Config, ImageSet]:
         raise InputError(f"--resume {run}: {config.data} is not what the run began with; --data says where that is now")
     for name in (*settings.INTERVALS, "tensorboard"):
         setattr(config, name, flags.get(name, getattr(config, name)))
+    fall_back(config)
     check_backends(config)
     return config, images
 
@@ -193,18 +205,19 @@ def describe(config: Config, images: ImageSet, trainer: Trainer) -> dict:
         "torch": torch.__version__,
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
-        "backends": backends(config, trainer),
+        "backends": backends(config),
     }
 
 
-def backends(config: Config, trainer: Trainer) -> list[dict[str, str]]:
+def backends(config: Config) -> list[dict[str, str]]:
     """What runs each layer, and why."""
-    if config.fused == "stacks":
-        return trainer.update.backends()
     layers = config.arch.generator + config.arch.discriminator
+    device, dtype = torch.device(config.device), AUTOCAST_DTYPE.get(config.precision, torch.float32)
+    if config.fused == "stacks":
+        rows = fused_step(config.arch, config.batch_size, device, dtype, config.precision)
+        return [row._asdict() for row in rows]
     if config.fused is None:
         return [{"layer": layer.name, "backend": "eager", "why": "--fused was not given"} for layer in layers]
-    device, dtype = torch.device(config.device), AUTOCAST_DTYPE.get(config.precision, torch.float32)
     choices = [select(op_of(layer), layer, device, dtype, config.backend) for layer in layers]
     return [{"layer": layer.name, **choice._asdict()} for layer, choice in zip(layers, choices, strict=True)]
 

@@ -87,13 +87,27 @@ def _cuda(triton: SimpleNamespace) -> dict[str, Callable]:
     """The extension's launchers, with Triton's behind them for the calls that it leaves to others."""
     from kernels._cuda import adam, batch_norm, conv, head
 
+    own = {
+        conv: GEMMS,
+        batch_norm: ("statistics", "merge_statistics", "apply", "activation_grad", "merge_sums", "apply_grad"),
+        head: ("head", "head_grad", "gan_loss"),
+    }
     found = {}
-    for module in (conv, batch_norm, head):
-        for name in vars(triton):
-            if hasattr(module, name):
-                missing = functools.partial(conv.missing, name) if name in GEMMS else None
-                found[name] = _where_served(getattr(module, name), getattr(triton, name), missing)
+    for module, names in own.items():
+        for name in names:
+            missing = functools.partial(conv.missing, name) if name in GEMMS else None
+            found[name] = _where_served(getattr(module, name), getattr(triton, name), missing)
     return found | {"adam_table": adam.adam_table, "adam": adam.adam}  # a table is its own backend's
+
+
+def by_name(names: list[str], arguments: tuple, options: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name; TypeError where there are more than `names`, or one is given twice."""
+    if len(arguments) > len(names):
+        raise TypeError(f"{len(arguments)} arguments by position: at most {len(names)}, {', '.join(names)}")
+    placed = dict(zip(names, arguments, strict=False))
+    if twice := placed.keys() & options.keys():
+        raise TypeError(f"{', '.join(sorted(twice))}: given by position and by name")
+    return placed | options
 
 
 def _where_served(launch: Callable, instead: Callable, missing: Callable[..., str | None] | None = None) -> Callable:
@@ -105,7 +119,7 @@ def _where_served(launch: Callable, instead: Callable, missing: Callable[..., st
 
     @functools.wraps(instead)
     def served(*arguments: Any, **options: Any) -> Any:
-        options |= zip(named, arguments, strict=False)
+        options = by_name(named, arguments, options)
         lacks = any(value is not None for name, value in options.items() if name not in own)
         lacks |= any(isinstance(value, Deferred) for value in options.values())
         if lacks or (missing and missing(*(options[name] for name in named[:2]), options.get("epilogue"))):
@@ -117,22 +131,17 @@ def _where_served(launch: Callable, instead: Callable, missing: Callable[..., st
     return served
 
 
-def _options(launch: Callable) -> list[str]:
-    """The names of a product's arguments behind its two tensors."""
-    return list(inspect.signature(launch).parameters)[2:]
-
-
 def _tiled(
     kernel: str, recipes: dict[str, dict[str, Callable]], allowed: tuple[str, ...] = ("triton",), other: str = "triton"
 ) -> Callable:
     """A product's launcher that looks its shape up in the device's table first, for a recipe of `allowed`; without one
     it is by `other`, at its own choice of tile."""
     default = recipes[other][kernel]
-    named = _options(default)
+    named = list(inspect.signature(default).parameters)[2:]
 
     @functools.wraps(default)
     def launch(first: Tensor | Deferred, second: Tensor | Deferred, *arguments: Any, **options: Any) -> Any:
-        options |= zip(named, arguments, strict=False)
+        options = by_name(named, arguments, options)
         entry = None if options.get("config") else _entry(kernel, raw(first), raw(second), options)
         if entry is None or entry.recipe not in allowed:
             return default(first, second, **options)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 KEPT_BYTES = 31 << 20
 """A block that a process has freed once: from then on glibc keeps freed blocks up to that size, twice as many bytes of
-them, instead of handing them back to the system (mallopt(3), the dynamic M_MMAP_THRESHOLD, at most 32 MiB)."""
+them, instead of handing them back to the system (mallopt(3), the dynamic M_MMAP_THRESHOLD, at most 32 MiB). So what a
+library allocates within a call costs no page faults either. It holds for the whole process from the first pool on."""
 
 
 class Pool:
@@ -24,7 +25,7 @@ class Pool:
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
         if self.device.type == "cpu":
-            torch.empty(KEPT_BYTES, dtype=torch.uint8)  # and freed: what libraries allocate within a call stays too
+            torch.empty(KEPT_BYTES, dtype=torch.uint8, device=self.device)  # and freed
         self.storage: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

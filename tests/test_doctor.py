@@ -8,6 +8,7 @@ import torch
 
 from dcgan import doctor
 from dcgan.arch import PRESETS
+from dcgan.backends import fused_step
 from dcgan.errors import InputError
 from kernels import tuning
 
@@ -56,7 +57,8 @@ def test_on_a_gpu_the_table_decides_and_the_reason_says_where_it_has_nothing(gpu
     assert rows["D2", "conv_bn_act"] == ("triton", "fastest in the tuned table")
     assert rows["D", "gan_loss"] == ("eager", "fastest in the tuned table")
     assert rows["D1", "conv_act"][0] == "eager" and "no conv_act in bf16 on 3x64@64" in rows["D1", "conv_act"][1]
-    step = {(layer, op): (backend, why) for layer, op, backend, why in doctor.fused_step(preset, gpu, torch.bfloat16)}
+    rows = fused_step(preset.arch, preset.batch_size, gpu, torch.bfloat16, "bf16")
+    step = {(layer, op): (backend, why) for layer, op, backend, why in rows}
     assert step["D2", "wgrad"] == ("library", "fastest at 128x64@16, 256 images")
     assert step["D2", "conv"] == ("triton", "the default tile: the tuned table has nothing near")
     assert step["G1", "matmul"][0] == "library" and step["D5", "head"][0] == "triton"

@@ -32,8 +32,8 @@ UPDATES = ("alternating", "simultaneous")
 
 @pytest.fixture(params=["winograd", "library", "launchers"])
 def way(request, monkeypatch) -> str:
-    """How the networks run: on a CPU's products, Winograd's wherever the geometry allows or the library's, the wider maps
-    in several parts; or, as on a GPU, over the kernels' launchers, by their twins."""
+    """How the networks run: on a CPU's products, Winograd's wherever the geometry allows or the library's, wide maps in
+    several parts; or, as on a GPU, over the kernels' launchers, by their twins."""
     monkeypatch.setattr(products, "WINOGRAD_CHANNELS", 1 if request.param == "winograd" else 1 << 60)
     monkeypatch.setattr(products, "PART_BYTES", 1 << 14)
     monkeypatch.setattr(winograd, "CHUNK_BYTES", 1 << 16)
@@ -278,3 +278,57 @@ def test_refuses_what_it_does_not_serve(options, said):
     models = Generator(CASES["batch 1"][0]), Discriminator(CASES["batch 1"][0])
     with pytest.raises(ValueError, match=said):
         FusedStep(*models, *(adam(model, fused=True) for model in models), **options)
+
+
+@pytest.mark.parametrize("kind", [ReferenceStep, FusedStep])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_callers_autocast_changes_nothing(kind, precision):
+    """Its cache of cast weights would outlive D's update, and G would learn from the D of before."""
+    arch = CASES["start 4, RGB"][0]
+
+    def losses(outside):
+        seed = torch.Generator().manual_seed(0)
+        g, d = Generator(arch, seed), Discriminator(arch, seed)
+        step = kind(g, d, adam(g, fused=True), adam(d, fused=True), precision=precision)
+        random = torch.Generator().manual_seed(1)
+        with outside:
+            return torch.stack(
+                [
+                    step(
+                        torch.rand(8, 3, 32, 32, generator=random) * 2 - 1, torch.randn(8, arch.nz, generator=random)
+                    ).float()
+                    for _ in range(3)
+                ]
+            )
+
+    bare = losses(torch.autocast("cpu", enabled=False))
+    assert torch.equal(losses(torch.autocast("cpu", torch.bfloat16)), bare)
+
+
+def layer_of(size: int, low: int, high: int) -> Layer:
+    return Layer("D", "conv", high, low, size, 4, 2, 1, True, "leaky_relu")
+
+
+def test_a_library_result_is_in_a_buffer_that_stays():
+    product = products.choose(layer_of(16, 32, 16), torch.float32, Pool())
+    weight = product.pack(torch.randn(32, 16, 4, 4))
+    images = torch.randn(5, 16, 16, 16).contiguous(memory_format=torch.channels_last)
+    first = product.to_low(product.high(images), weight).data_ptr()
+    assert product.to_low(product.high(images[:3]), weight).data_ptr() == first
+    first = product.to_high(torch.randn(5, 32, 8, 8), weight).data_ptr()
+    assert product.to_high(torch.randn(3, 32, 8, 8), weight).data_ptr() == first
+
+
+def test_winograds_weight_gradient_is_summed_in_the_gradients_precision(monkeypatch):
+    """The nine products are rounded to bf16, their sums to float32: so each is within an ulp of three additions."""
+    product = winograd.WinogradProduct(layer_of(8, 32, 16), 32, 16, torch.bfloat16, Pool())
+    nine, kept = product.nine, []
+    monkeypatch.setattr(product, "nine", lambda *arguments: kept.append(nine(*arguments)) or kept[0])
+    random = torch.Generator().manual_seed(0)
+    images, grad = (torch.randn(6, *shape, generator=random).bfloat16() for shape in ((16, 8, 8), (32, 4, 4)))
+    out = torch.empty(32, 16, 4, 4).contiguous(memory_format=torch.channels_last)
+    product.weight_grad(product.high(images), product.low(grad), out)
+    m = torch.stack([torch.stack(three) for three in kept[0]]).double()
+    rows = m[:2] + m[1:]
+    expected = (rows[:, :2] + rows[:, 1:]).flatten(3)
+    torch.testing.assert_close(winograd.weight_taps(out).flatten(3).double(), expected, rtol=0, atol=1e-4)

@@ -244,3 +244,12 @@ def test_the_library_computes_float32_as_the_launcher_was_told(monkeypatch):
                 Products(reference).conv(torch.zeros(1, 4, 4, 2), torch.zeros(2, 4, 4, 2), precision=precision)
         assert torch.backends.cudnn.allow_tf32 is switch
     assert seen == [True, False, True, False]
+
+
+def test_arguments_one_too_many_or_given_twice_are_refused():
+    names = ["epilogue", "precision"]
+    assert launchers.by_name(names, (1,), {"precision": 2}) == {"epilogue": 1, "precision": 2}
+    with pytest.raises(TypeError, match="3 arguments by position: at most 2"):
+        launchers.by_name(names, (1, 2, 3), {})
+    with pytest.raises(TypeError, match="epilogue: given by position and by name"):
+        launchers.by_name(names, (1,), {"epilogue": 1})
