@@ -16,11 +16,9 @@ from kernels.geometry import Activation, Deferred, Epilogue, Merge, Partials, Sh
 
 def activate(z: Tensor, activation: Activation, slope: float = 0.2) -> Tensor:
     """The activation of z."""
-    if activation == "relu":
-        return F.relu(z)
-    if activation == "leaky_relu":
-        return F.leaky_relu(z, slope)
-    return z.tanh() if activation == "tanh" else z
+    return {"none": lambda: z, "relu": z.relu, "leaky_relu": lambda: F.leaky_relu(z, slope), "tanh": z.tanh}[
+        activation
+    ]()
 
 
 def derivative(a: Tensor, activation: Activation, slope: float = 0.2) -> Tensor:

@@ -1,5 +1,6 @@
-"""Tickets: who shares them, and who must not."""
+"""What both GPU backends' launchers share: tickets, and an activation that none of them has."""
 
+import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -44,3 +45,13 @@ def test_those_made_while_capturing_are_the_graphs_own(gpu):
 
 def test_none_are_made_on_meta():
     assert tickets(torch.empty(1, device="meta"), 7).shape == (7,)
+
+
+@pytest.mark.parametrize("backend", ["_triton", "_cuda", "reference"])
+def test_an_activation_that_is_none_is_no_identity(backend):
+    if backend == "_triton":
+        pytest.importorskip("triton")
+    module = importlib.import_module("kernels.reference" if backend == "reference" else f"kernels.{backend}.batch_norm")
+    y, state = torch.zeros(2, 2, 2, 8), torch.ones(4, 1, 8)
+    with pytest.raises((ValueError, KeyError), match="gelu"):
+        module.apply(y, state, "gelu")

@@ -314,3 +314,16 @@ def test_built_by_nvcc_it_loads_into_this_torch(tmp_path):
     printed = python(package(tmp_path), WITH).stdout
     assert "dcgan_cuda::bn_apply(Tensor y, Tensor state, Tensor(c!) out, int dtype, int rows, int groups, " in printed
     assert "Tensor(e!)? running_mean" in printed and "float momentum, bool dependent=False) -> ()" in printed
+
+
+def test_the_names_of_an_ops_arguments_are_those_of_its_launch_function():
+    """The schema's types are read off the signature; its names are a string of their own."""
+    text = (ROOT / "csrc" / "bindings.cpp").read_text()
+    ops = {}
+    for op, parts in re.findall(r'OP\((\w+), ((?:"[^"]*"\s*\\?\s*)+)\)', text):
+        ops[op] = "".join(re.findall(r'"([^"]*)"', parts)).split()
+    declared = {}
+    for header in (ROOT / "csrc").glob("*.h"):
+        for function, arguments in re.findall(r"cudaError_t (\w+)\(\s*Stream \w+,([^;{]*?)\);", header.read_text()):
+            declared[function] = [argument.split()[-1].lstrip("*&") for argument in arguments.split(",")]
+    assert len(ops) == text.count("  OP(") and ops == {op: declared[op] for op in ops}

@@ -10,6 +10,7 @@ import torch
 from runs import EVERY, SMALL, assert_same_run, metrics, run
 
 from dcgan import checkpoint as checkpoints
+from dcgan import errors
 from dcgan.loop import Loop
 
 
@@ -96,6 +97,18 @@ def test_out_of_memory_suggests_a_batch_that_may_fit(tmp_path, monkeypatch, caps
     said = capsys.readouterr().err.splitlines()[-1]
     assert "--batch-size 64" in said and "step_00000004" in said
     checkpoints.verify(tmp_path / "r" / "checkpoints" / "step_00000004")
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory", True),
+        ("Storage size calculation overflowed with sizes=[4611686018427387904]", True),
+        ("value cannot be converted to type at::Half without overflow", False),
+    ],
+)
+def test_what_is_a_lack_of_memory(said, expected):
+    assert errors.out_of_memory(RuntimeError(said)) == expected
 
 
 def full_disk(*_, **__):

@@ -14,7 +14,7 @@ from kernels._triton.dependent import after_previous
 from kernels._triton.epilogue import activate
 from kernels._triton.launch import Job, Launch
 from kernels._triton.merge import merge, merge_arguments, settle_statistics
-from kernels.arguments import check_statistics, rows_of
+from kernels.arguments import check_activation, check_statistics, rows_of
 from kernels.geometry import Activation, Epilogue, Merge, Partials, check_tensor
 
 TILE_ELEMENTS = 4096
@@ -188,6 +188,7 @@ def merge_statistics(
 
 def prepare_apply(y: Tensor, state: Tensor, activation: Activation = "none", slope: float = 0.2) -> Job:
     """The job of `apply`; see there."""
+    check_activation(activation)
     groups, channels = state.shape[1], y.shape[-1]
     rows = rows_of("y", y, groups)
     check_tensor("state", state, (4, groups, channels), torch.float32, y)
