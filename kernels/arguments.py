@@ -26,7 +26,10 @@ _TICKETS: dict[tuple[torch.device, int, int], Tensor] = {}
 
 
 def tickets(like: Tensor, count: int) -> Tensor:
-    """At least `count` int32 zeros, which every launch leaves as zeros: so all launches of a stream share them."""
+    """At least `count` int32 zeros, which every launch leaves as zeros: so all launches of a stream share them.
+
+    Two CUDA graphs captured on one stream share them too, and must not be replayed at the same time.
+    """
     if like.device.type == "meta":
         return torch.empty(count, dtype=torch.int32, device="meta")
     stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
