@@ -21,6 +21,7 @@ import torch
 
 from kernels import tuning
 from kernels.geometry import Layer
+from kernels.library import switches
 
 BACKENDS = ("auto", "eager", "library", "triton", "cuda")
 
@@ -118,8 +119,7 @@ def select(
     name = _settings["backend"] if backend is None else backend
     check_backend(name)
     shape = (layer.in_channels, layer.out_channels, layer.in_size) if layer else ()
-    tf32 = torch.backends.cudnn.allow_tf32
-    return Choice(*_choose(op, shape, device, dtype, images, name, _settings["strict"], tf32))
+    return Choice(*_choose(op, shape, device, dtype, images, name, _settings["strict"], switches.tf32))
 
 
 def backend_of(
@@ -136,8 +136,7 @@ def backend_of(
     check_backend(name)
     sizes = (layer.in_channels, layer.out_channels, layer.in_size) if layer else ()
     shape = tuple(index(size) for size in sizes)  # a number, where torch.compile has a symbol
-    tf32 = torch.backends.cudnn.allow_tf32
-    return _constant(op, shape, device, dtype, index(images), name, _settings["strict"], tf32, unless)
+    return _constant(op, shape, device, dtype, index(images), name, _settings["strict"], switches.tf32, unless)
 
 
 @torch.compiler.assume_constant_result

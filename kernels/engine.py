@@ -21,6 +21,7 @@ from torch.autograd import Function
 from kernels import reference
 from kernels.geometry import Epilogue
 from kernels.launchers import launchers
+from kernels.library import switches
 
 LIBRARY = torch.library.Library("dcgan_kernels", "DEF")
 
@@ -42,7 +43,7 @@ def nchw(images: Tensor) -> Tensor:
 
 def precision(backend: str) -> dict:
     """fp32 products follow PyTorch's own switch for convolutions; the reference twins have no such choice."""
-    return {} if backend == "eager" else {"precision": "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"}
+    return {} if backend == "eager" else {"precision": "tf32" if switches.tf32 else "ieee"}
 
 
 class Shape(NamedTuple):
