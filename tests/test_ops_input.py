@@ -83,3 +83,14 @@ def test_a_backend_by_name_that_cannot_run_raises_with_the_cause(monkeypatch):
 def test_auto_is_eager_on_a_cpu_without_a_warning(recwarn):
     assert select("conv_act", LAYER, torch.device("cpu"), torch.float32) == ("eager", "the tensor is on cpu")
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("wants", ["x", "weight", "bn_bias"])
+def test_evaluation_with_a_gradient_is_refused_by_name_and_not_run_eagerly_in_silence(wants, monkeypatch):
+    monkeypatch.setattr("kernels.dispatch.why_not", lambda *_: None)
+    shape = {"x": (2, 3, 8, 8), "weight": (4, 3, 4, 4), "bn_bias": (4,)}[wants]
+    changes = {wants: torch.randn(shape, requires_grad=True), "training": False}
+    for strict in (False, True):
+        with use_backend("triton", strict=strict), pytest.raises(BackendError, match="training=False has no backward"):
+            call(**changes)
+    assert call(**changes).requires_grad
