@@ -77,7 +77,7 @@ def _bn_act(
 ):  # fmt: skip
     layer = check_layer(kind, x, weight, stride, padding, activation, slope, batch_norm=True)
     x = autocast(x)
-    check_batch_norm(x, layer, gamma, beta, running_mean, running_var, tracked, groups, training)
+    check_batch_norm(x, layer, gamma, beta, running_mean, running_var, tracked, groups, training, momentum, eps)
     unless = _only_eager(gamma.dtype, training, any(t.requires_grad for t in (x, weight, gamma, beta)))
     backend = backend_of(f"{kind}_bn_act", layer, x.device, x.dtype, backend, x.shape[0], unless)
     settings = (stride, padding, activation, slope)
