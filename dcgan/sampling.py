@@ -11,6 +11,7 @@ from kernels.cpu.products import choose
 from kernels.dispatch import why_not
 from kernels.geometry import Epilogue, Layer
 from kernels.launchers import launchers
+from kernels.library import tf32
 from kernels.pool import Pool
 
 AT_ONCE = {"cpu": 64, "cuda": 1024}
@@ -171,10 +172,5 @@ class _AsItIs:
         self.dtype, self.tf32 = dtype, precision == "tf32"
 
     def __call__(self, z: Tensor) -> Tensor:
-        before = torch.backends.cudnn.allow_tf32
-        torch.backends.cudnn.allow_tf32 = self.tf32
-        try:
-            with torch.autocast(z.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                return self.generator(z.float()).to(self.dtype)
-        finally:
-            torch.backends.cudnn.allow_tf32 = before
+        with tf32(self.tf32), torch.autocast(z.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.generator(z.float()).to(self.dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.checks import check_adam, check_tensors
+from kernels.checks import check_adam, check_lists, check_tensors
 from kernels.dispatch import backend_of
 from kernels.engine import LIBRARY, launchers
 
@@ -67,8 +67,9 @@ def adam_step(
 
     Source: Kingma and Ba 2015, arXiv:1412.6980, algorithm 1; docs/adam.md.
     """
-    copies = [None] * len(params) if copies is None else list(copies)
     given = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    check_lists(**given, **({} if copies is None else {"copies": copies}))
+    copies = [None] * len(params) if copies is None else list(copies)
     for name, tensors in given.items():
         check_tensors(**{f"{name}[{index}]": tensor for index, tensor in enumerate(tensors)})
     lists = [[t.detach() for t in tensors] for tensors in given.values()]

@@ -1,6 +1,8 @@
 """What every op checks before it runs: one clear error that names the argument, and never a wrong number."""
 
 from collections.abc import Sequence
+from math import inf
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -8,6 +10,10 @@ from torch import Tensor
 from kernels.geometry import Layer
 
 HALVES = (torch.bfloat16, torch.float16)
+WHOLE = (Integral, torch.SymInt)
+REAL = (Real, torch.SymInt, torch.SymFloat)
+"""What a number may be: NumPy's too, and the symbols that torch.compile has for some."""
+LISTS = (Sequence, torch.nn.ParameterList)
 ACTIVATIONS = ("none", "relu", "leaky_relu", "tanh")
 
 
@@ -31,6 +37,9 @@ def check_layer(
     Raises:
         ValueError, TypeError: an argument, by name, with what was given and what is accepted.
     """
+    check_tensors(x=x, weight=weight)
+    _check_whole(stride=stride, padding=padding)
+    _check_numbers(negative_slope=slope)
     for name, tensor in (("x", x), ("weight", weight)):
         if tensor.ndim != 4:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}: expected four dimensions")
@@ -66,11 +75,15 @@ def check_layer(
 
 def check_batch_norm(
     x: Tensor, layer: Layer, gamma: Tensor, beta: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
-    tracked: Tensor | None, groups: int, training: bool,
+    tracked: Tensor | None, groups: int, training: bool, momentum: float, eps: float,
 ) -> None:  # fmt: skip
-    """Raise ValueError or TypeError where batch norm's tensors do not fit `layer` or x, cast as autocast asks, or where
-    `groups` does not divide the batch."""
+    """Raise ValueError or TypeError where batch norm's tensors do not fit `layer` or x, cast as autocast asks, where
+    `groups` does not divide the batch, or momentum or eps is no number."""
     vectors = {"bn_weight": gamma, "bn_bias": beta, "running_mean": running_mean, "running_var": running_var}
+    check_tensors(bn_weight=gamma, bn_bias=beta)
+    _check_optional(running_mean=running_mean, running_var=running_var, num_batches_tracked=tracked)
+    _check_whole(groups=groups)
+    _check_numbers(momentum=momentum, eps=eps)
     for name, vector in vectors.items():
         if vector is not None and (tuple(vector.shape) != (layer.out_channels,) or vector.device != x.device):
             got = f"{tuple(vector.shape)} on {vector.device}"
@@ -102,6 +115,32 @@ def check_tensors(**tensors: object) -> None:
             raise TypeError(f"{name} is {value!r}: expected a tensor")
 
 
+def check_lists(**lists: object) -> None:
+    """Raise TypeError for the first that is no list or tuple, by name."""
+    for name, value in lists.items():
+        if not isinstance(value, LISTS):
+            raise TypeError(f"{name} is {value!r}: expected a list of tensors")
+
+
+def _check_optional(**tensors: object) -> None:
+    """As `check_tensors`; None will do."""
+    check_tensors(**{name: value for name, value in tensors.items() if value is not None})
+
+
+def _check_whole(**numbers: object) -> None:
+    """Raise TypeError for the first that is no whole number, by name."""
+    for name, value in numbers.items():
+        if not isinstance(value, WHOLE):
+            raise TypeError(f"{name} is {value!r}: expected a whole number")
+
+
+def _check_numbers(**numbers: object) -> None:
+    """Raise TypeError for the first that is no number, by name."""
+    for name, value in numbers.items():
+        if not isinstance(value, REAL):
+            raise TypeError(f"{name} is {value!r}: expected a number")
+
+
 def check_gan_loss(logits: Tensor, real: Sequence[bool]) -> tuple[bool, ...]:
     """`real` as a tuple, once logits (N,) are that many equal groups; ValueError or TypeError where they are not."""
     check_tensors(logits=logits)
@@ -111,7 +150,7 @@ def check_gan_loss(logits: Tensor, real: Sequence[bool]) -> tuple[bool, ...]:
         raise TypeError(f"logits is {logits.dtype}: expected a floating-point tensor")
     if not logits.shape[0]:
         raise ValueError("logits has shape (0,): it must not be empty")
-    if isinstance(real, bool) or not all(isinstance(is_real, bool) for is_real in real):
+    if not isinstance(real, Sequence) or not all(isinstance(is_real, bool) for is_real in real):
         raise TypeError(f"real is {real!r}: expected a bool for each group, as (True, False) for [real | fake]")
     if not 1 <= len(real) <= 31 or logits.shape[0] % len(real):
         raise ValueError(f"real has {len(real)} entries: they must divide the {logits.shape[0]} logits, and be 1 to 31")
@@ -124,6 +163,8 @@ def check_gather(
 ) -> int:  # fmt: skip
     """The result's channels; ValueError or TypeError where an argument of `gather_images` does not fit."""
     check_tensors(rows=rows, permutation=permutation, cursor=cursor)
+    _check_optional(flip=flip)
+    _check_whole(batch=batch)
     if rows.dtype != torch.uint8:
         raise TypeError(f"rows is {rows.dtype}: expected uint8")
     if rows.ndim != 4 or not rows.is_contiguous() or not rows.numel():
@@ -148,11 +189,12 @@ def check_gather(
                 f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}, on {tensor.device}: "
                 f"expected contiguous {shape} on {rows.device}"
             )
-    if isinstance(batch, float) or batch < 1:  # any other is an integer, or stands for one while it is traced
-        raise ValueError(f"batch is {batch}: it must be a whole number, at least 1")
+    if batch < 1:
+        raise ValueError(f"batch is {batch}: it must be at least 1")
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"dtype is {dtype}: accepted are bfloat16, float16 and float32")
     channels = rows.shape[3] if channels is None else channels
+    _check_whole(channels=channels)
     if channels < rows.shape[3]:
         raise ValueError(f"channels is {channels}: rows have {rows.shape[3]}, and no fewer are accepted")
     return channels
@@ -165,11 +207,10 @@ def check_adam(
 ) -> None:  # fmt: skip
     """Raise ValueError or TypeError where an argument of `adam_step` does not fit."""
     check_tensors(step=step)
+    _check_optional(loss_scale=loss_scale, **{f"copies[{index}]": copy for index, copy in enumerate(copies)})
     if not (isinstance(betas, tuple | list) and len(betas) == 2):
         raise TypeError(f"betas is {betas!r}: expected two numbers")
-    for name, number in (("lr", lr), ("betas[0]", betas[0]), ("betas[1]", betas[1]), ("eps", eps)):
-        if not isinstance(number, int | float):
-            raise TypeError(f"{name} is {number!r}: expected a number")
+    _check_numbers(lr=lr, **{"betas[0]": betas[0], "betas[1]": betas[1]}, eps=eps)
     if not params:
         raise ValueError("params is empty: there is nothing to update")
     lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "copies": copies}
@@ -191,8 +232,9 @@ def check_adam(
         if tuple(tensor.shape) != shape or tensor.device != params[0].device:
             got = f"{tuple(tensor.shape)} on {tensor.device}"
             raise ValueError(f"{name} is {got}: expected {shape} on {params[0].device}")
-    if lr < 0 or eps < 0:
-        raise ValueError(f"lr is {lr}, eps is {eps}: neither may be negative")
+    for name, number in (("lr", lr), ("eps", eps)):
+        if not 0 <= number < inf:  # which NaN is not either
+            raise ValueError(f"{name} is {number}: it must be finite and not negative")
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas is {betas}: accepted are 0 to 1, without 1")
 

@@ -34,7 +34,8 @@ def conv_bn_act(
         activation: `none`, `relu` or `leaky_relu`.
         negative_slope: of leaky_relu, 0 to 1.
         groups: equal parts of the batch with their own statistics (real and fake images).
-        training: the batch's statistics, or the running ones.
+        training: the batch's statistics, or the running ones. With the running ones the fused kernels have no backward:
+            where a gradient is wanted `eager` alone can run.
         momentum, eps: as in BatchNorm2d.
         backend: one of `kernels.dispatch.BACKENDS`; that of `use_backend`, or `auto`, where None.
 
@@ -76,8 +77,8 @@ def _bn_act(
 ):  # fmt: skip
     layer = check_layer(kind, x, weight, stride, padding, activation, slope, batch_norm=True)
     x = autocast(x)
-    check_batch_norm(x, layer, gamma, beta, running_mean, running_var, tracked, groups, training)
-    unless = None if gamma.dtype == torch.float32 else f"bn_weight is {gamma.dtype}: the fused kernels take float32"
+    check_batch_norm(x, layer, gamma, beta, running_mean, running_var, tracked, groups, training, momentum, eps)
+    unless = _only_eager(gamma.dtype, training, any(t.requires_grad for t in (x, weight, gamma, beta)))
     backend = backend_of(f"{kind}_bn_act", layer, x.device, x.dtype, backend, x.shape[0], unless)
     settings = (stride, padding, activation, slope)
     if backend != "eager" and training:
@@ -85,8 +86,7 @@ def _bn_act(
         return engine.BatchNormAct.apply(
             x, weight, gamma, beta, running, kind, settings, (groups, momentum, eps), backend
         )
-    wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, gamma, beta))
-    if backend != "eager" and not wants_grad:
+    if backend != "eager":
         return _evaluate(kind, x, weight, gamma, beta, running_mean, running_var, settings, eps, backend)
     convolution = F.conv2d if kind == "conv" else F.conv_transpose2d
     z = convolution(x, weight.to(x.dtype), stride=stride, padding=padding)
@@ -95,6 +95,17 @@ def _bn_act(
     if training and tracked is not None:
         tracked.add_(groups)
     return reference.activate(parts[0] if len(parts) == 1 else torch.cat(parts), activation, slope)
+
+
+def _only_eager(dtype: torch.dtype, training: bool, requires_grad: bool) -> str | None:
+    """Why no fused kernel serves batch norm with a weight of this type, in this mode; None where one does."""
+    if dtype != torch.float32:
+        return f"bn_weight is {dtype}: the fused kernels take float32"
+    if not training and requires_grad and torch.is_grad_enabled():
+        return (
+            "training=False has no backward in the fused kernels, and a gradient is wanted: call it in torch.no_grad()"
+        )
+    return None
 
 
 def _evaluate(kind, x, weight, gamma, beta, running_mean, running_var, settings, eps, backend):

@@ -12,19 +12,25 @@ import contextlib
 import functools
 import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from operator import index
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from kernels import tuning
 from kernels.geometry import Layer
+from kernels.library import switches
 
 BACKENDS = ("auto", "eager", "library", "triton", "cuda")
 
+PACKAGE = f"{Path(__file__).parent}{os.sep}"
+
 _settings = {"backend": "auto", "strict": False}  # of `use_backend`; torch.compile guards on it
+_warned: set[tuple[str, str]] = set()  # op and kind of reason of each fallback that was said
 
 
 class BackendError(RuntimeError):
@@ -118,8 +124,7 @@ def select(
     name = _settings["backend"] if backend is None else backend
     check_backend(name)
     shape = (layer.in_channels, layer.out_channels, layer.in_size) if layer else ()
-    tf32 = torch.backends.cudnn.allow_tf32
-    return Choice(*_choose(op, shape, device, dtype, images, name, _settings["strict"], tf32))
+    return Choice(*_choose(op, shape, device, dtype, images, name, _settings["strict"], switches.tf32))
 
 
 def backend_of(
@@ -136,8 +141,7 @@ def backend_of(
     check_backend(name)
     sizes = (layer.in_channels, layer.out_channels, layer.in_size) if layer else ()
     shape = tuple(index(size) for size in sizes)  # a number, where torch.compile has a symbol
-    tf32 = torch.backends.cudnn.allow_tf32
-    return _constant(op, shape, device, dtype, index(images), name, _settings["strict"], tf32, unless)
+    return _constant(op, shape, device, dtype, index(images), name, _settings["strict"], switches.tf32, unless)
 
 
 @torch.compiler.assume_constant_result
@@ -160,19 +164,26 @@ def _choose(
         return _fall_back(op, reason, strict)
     found = tuning.recipe(gpu, op, shape, tuning.precision_of(dtype, tf32), images)
     if found.entry is None:
-        return _fall_back(op, found.why, strict)
+        return _fall_back(op, found.why, strict, found.kind)
     if reason := why_not(found.entry.recipe, device, dtype):
         return _fall_back(op, reason, strict)
     return found.entry.recipe, found.why
 
 
-def _fall_back(op: str, reason: str, strict: bool) -> tuple[str, str]:
+def _fall_back(op: str, reason: str, strict: bool, kind: str = "") -> tuple[str, str]:
+    """`eager` and the reason, which is warned of once for each op and kind; the kind is the reason itself where none
+    is given."""
     if strict:
         raise BackendError(f"{op}: {reason}")
-    _warn_once(f"{op} falls back to eager PyTorch: {reason}")
+    if (op, kind or reason) not in _warned:
+        _warned.add((op, kind or reason))
+        warnings.warn(f"{op} falls back to eager PyTorch: {reason}", RuntimeWarning, stacklevel=_callers_level())
     return "eager", reason
 
 
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=5)
+def _callers_level() -> int:
+    """The `stacklevel`, in the function that asks, of the first frame outside this package: who called the op."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
+        frame, level = frame.f_back, level + 1
+    return level

@@ -21,7 +21,9 @@ from torch.autograd import Function
 from kernels import reference
 from kernels.geometry import Epilogue
 from kernels.launchers import launchers
+from kernels.library import switches
 
+aten = torch.ops.aten
 LIBRARY = torch.library.Library("dcgan_kernels", "DEF")
 
 
@@ -42,7 +44,7 @@ def nchw(images: Tensor) -> Tensor:
 
 def precision(backend: str) -> dict:
     """fp32 products follow PyTorch's own switch for convolutions; the reference twins have no such choice."""
-    return {} if backend == "eager" else {"precision": "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"}
+    return {} if backend == "eager" else {"precision": "tf32" if switches.tf32 else "ieee"}
 
 
 class Shape(NamedTuple):
@@ -86,7 +88,7 @@ def backward_products(
     """The gradients by x and weight from the one by the raw output (N, H, W, C); empty where not wanted."""
     dx, dweight = x.new_empty(0), weight.new_empty(0)
     if not shape.has_kernel(weight, x):
-        got = torch.ops.aten.convolution_backward(
+        got = aten.convolution_backward(
             nchw(dy), x, weight.to(x.dtype), None, [shape.stride] * 2, [shape.padding] * 2, [1, 1],
             shape.kind == "conv_transpose", [0, 0], 1, [for_x, for_weight, False],
         )  # fmt: skip
@@ -108,12 +110,21 @@ def act_forward(
     return nchw(y)
 
 
+def activation_backward(grad: Tensor, out: Tensor, activation: str, slope: float) -> Tensor:
+    """grad · activation′ where the output is `out`, in one pass; at 0 the left derivative."""
+    if activation == "tanh":
+        return aten.tanh_backward(grad, out)
+    if activation == "relu":
+        return aten.threshold_backward(grad, out, 0)
+    return aten.leaky_relu_backward(grad, out, slope, True) if activation == "leaky_relu" else grad
+
+
 def act_backward(
     kind: str, grad: Tensor, x: Tensor, weight: Tensor, out: Tensor, stride: int, padding: int, activation: str,
     slope: float, for_x: bool, for_weight: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gradients by x and weight; empty tensors where not wanted."""
-    dy = (nhwc(grad) * reference.derivative(nhwc(out), activation, slope)).to(x.dtype)
+    dy = activation_backward(nhwc(grad), nhwc(out), activation, slope).to(x.dtype)
     return backward_products(Shape(kind, stride, padding), dy, x, weight, for_x, for_weight, backend)
 
 

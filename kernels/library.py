@@ -5,8 +5,9 @@ epilogues do in registers is a pass over the output here, by the launchers that 
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +17,64 @@ from kernels import reference
 from kernels.geometry import Deferred, Epilogue, Partials, Shares
 
 
+class _Switches(ModuleType):
+    """A module, as torch.backends are: torch.compile takes an attribute of one for a constant and guards on it, where
+    it cannot trace what reads the attribute."""
+
+    @property
+    def tf32(self) -> bool:
+        """Whether float32 convolutions may use TF32, by whichever of PyTorch's settings."""
+        return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+switches = _Switches(f"{__name__}.switches")
+
+
 @contextmanager
-def arithmetic(dtype: torch.dtype, precision: str) -> Iterator[None]:
-    """Float32 convolutions in the launchers' `precision`, whatever PyTorch's own switch says."""
-    before = torch.backends.cudnn.allow_tf32
-    if dtype == torch.float32:
-        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+def tf32(allowed: bool, backend: Any = torch.backends.cudnn) -> Iterator[None]:
+    """Float32 convolutions with TF32 or without it; matrix products where `backend` is torch.backends.cuda.matmul.
+
+    PyTorch has a flag (`allow_tf32`) and settings (`fp32_precision`, here and for several backends at once), and once
+    the settings were used to read the flag is an error. So the flag is moved where only it was used, else the setting.
+    """
+    switch = getattr(backend, "conv", backend)
+    before = switch.fp32_precision
+    if (before == "tf32") == allowed:
+        yield
+        return
+    by_flag = _only_the_flag_was_used(backend)
+    if by_flag:
+        backend.allow_tf32 = allowed
+    else:
+        switch.fp32_precision = "tf32" if allowed else "ieee"
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        if by_flag:
+            backend.allow_tf32 = not allowed
+        else:
+            _restore(switch, before)
+
+
+def _only_the_flag_was_used(backend: Any) -> bool:
+    if torch.backends.cudnn.fp32_precision != "none":  # of CUDA's operations, or of all backends
+        return False
+    try:
+        return backend.allow_tf32 in (True, False)
+    except RuntimeError:
+        return False
+
+
+def _restore(switch: Any, before: str) -> None:
+    """Inherited again where that is the same, so that it follows a later change of what it inherits."""
+    switch.fp32_precision = "none"
+    if switch.fp32_precision != before:
+        switch.fp32_precision = before
+
+
+def arithmetic(dtype: torch.dtype, precision: str) -> Any:
+    """Float32 convolutions in the launchers' `precision`, whatever PyTorch's own switch says."""
+    return tf32(precision == "tf32") if dtype == torch.float32 else nullcontext()
 
 
 def nchw(t: Tensor) -> Tensor:

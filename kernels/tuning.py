@@ -60,8 +60,12 @@ class Entry(NamedTuple):
     tile: Config | None = None
 
     def __str__(self) -> str:
+        return self.of("images")
+
+    def of(self, unit: str) -> str:
+        """What was measured, with the unit of its `images`."""
         layer = f"{self.shape[0]}x{self.shape[1]}@{self.shape[2]}, " if self.shape else ""
-        return f"{layer}{self.images} images"
+        return f"{layer}{self.images} {unit}"
 
 
 @dataclass(frozen=True)
@@ -75,10 +79,12 @@ class Table:
 
 
 class Found(NamedTuple):
-    """What a lookup came to: the entry, None where there is none, and why."""
+    """What a lookup came to: the entry, None where there is none, and why; `kind` is the same for every shape that is
+    missing for one reason."""
 
     entry: Entry | None
     why: str
+    kind: str = ""
 
 
 def precision_of(dtype: torch.dtype, tf32: bool) -> str:
@@ -224,12 +230,14 @@ def recipe(name: str, op: str, shape: Shape, precision: str, images: int | None)
     if table is None:
         return Found(None, why)
     entry = nearest(table.ops.get((op, precision), ()), shape, images)
+    unit = "parameters" if op == "adam_step" else "images"
     if entry is None:
-        size = "" if images is None else f" of {images} images"
+        size = "" if images is None else f" of {images} {unit}"
         layer = f" on {shape[0]}x{shape[1]}@{shape[2]}" if shape else ""
-        return Found(None, f"the tuned table has no {op} in {precision}{layer}{size} or near it")
+        missing = f"the tuned table has no {op} in {precision}"
+        return Found(None, f"{missing}{layer}{size} or near it", missing)
     same = entry.shape == shape and images in (None, entry.images)
-    return Found(entry, "fastest in the tuned table" + ("" if same else f" (at {entry})"))
+    return Found(entry, "fastest in the tuned table" + ("" if same else f" (at {entry.of(unit)})"))
 
 
 @functools.lru_cache(maxsize=4096)

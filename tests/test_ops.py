@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from kernels import engine
+from kernels import engine, reference
 
 CASES = {  # N, C, O, size
     "a middle layer": (2, 6, 4, 8),
@@ -92,6 +93,26 @@ def test_bn_act_its_gradients_and_running_statistics(kind, case, activation, gro
     for other in results[1:]:
         for expected, got in zip(results[0], other, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+class Passes(TorchDispatchMode):
+    """The operations that ran, in `names`."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names = [*getattr(self, "names", []), func.overloadpacket.__name__]
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_activation_s_backward_is_one_pass_and_right_at_zero(activation, dtype):
+    out = torch.tensor([-0.5, -0.0, 0.0, 0.25, 0.75], dtype=dtype)
+    grad = torch.tensor([3.0, -2.0, 1.5, -4.0, 1.0], dtype=dtype)
+    with Passes() as passes:
+        got = engine.activation_backward(grad, out, activation, 0.2)
+    expected = grad.double() * reference.derivative(out.double(), activation, 0.2)
+    assert got.dtype == dtype and len(getattr(passes, "names", [])) == (activation != "none")
+    torch.testing.assert_close(got.double(), expected, rtol=torch.finfo(dtype).eps, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

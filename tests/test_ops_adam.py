@@ -39,7 +39,7 @@ class Network:
         return t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t
 
     def update(self, **options):
-        kernels.adam_step(*self.lists, self.step, lr=1e-2, copies=self.copies, **options)
+        kernels.adam_step(*self.lists, self.step, **{"lr": 1e-2, "copies": self.copies} | options)
 
     def check(self):
         for p, m, v, twin in zip(self.params, self.m, self.v, self.twins, strict=True):
@@ -159,12 +159,33 @@ def test_wrong_input_of_adam(said):
     assert said in str(error.value)
 
 
+def test_a_list_of_adam_that_is_none_is_named():
+    for place, name in enumerate(("params", "grads", "exp_avgs", "exp_avg_sqs")):
+        network = Network()
+        network.lists[place] = None
+        with pytest.raises(TypeError, match=f"{name} is None: expected a list of tensors"):
+            network.update()
+    network = Network()
+    network.lists[0] = torch.nn.ParameterList(network.params)
+    network.update()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"betas": (0.5, 1.0)}, "betas is (0.5, 1.0)"),
         ({"betas": (-0.1, 0.9)}, "betas is (-0.1, 0.9)"),
-        ({"eps": -1.0}, "eps is -1.0"),
+        ({"betas": (0.5, math.nan)}, "betas is (0.5, nan)"),
+        ({"betas": (0.5, "0.9")}, "betas[1] is '0.9': expected a number"),
+        ({"eps": -1.0}, "eps is -1.0: it must be finite and not negative"),
+        ({"eps": math.nan}, "eps is nan"),
+        ({"lr": -1.0}, "lr is -1.0"),
+        ({"lr": math.nan}, "lr is nan: it must be finite and not negative"),
+        ({"lr": math.inf}, "lr is inf"),
+        ({"lr": torch.ones(())}, "lr is tensor(1.): expected a number"),
+        ({"copies": 1}, "copies is 1: expected a list of tensors"),
+        ({"copies": [1, None]}, "copies[0] is 1: expected a tensor"),
+        ({"loss_scale": 2.0}, "loss_scale is 2.0: expected a tensor"),
         ({"loss_scale": torch.ones(())}, "loss_scale is () on cpu: expected (3,)"),
         ({"loss_scale": torch.ones(3).double()}, "loss_scale is torch.float64"),
         ({"backend": "metal"}, "backend is 'metal'"),

@@ -1,5 +1,6 @@
 """Wrong input of the convolution ops, and backends that cannot run: an error that names argument and reason."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -54,6 +55,20 @@ def call(kind="conv", bn=True, **changes):
         ({"stride": 0}, "stride is 0"),
         ({"padding": -1}, "padding is -1"),
         ({"backend": "metal"}, "backend is 'metal'"),
+        ({"x": [1]}, "x is [1]: expected a tensor"),
+        ({"weight": None}, "weight is None: expected a tensor"),
+        ({"bn_bias": 0.0}, "bn_bias is 0.0: expected a tensor"),
+        ({"running_var": 1}, "running_var is 1: expected a tensor"),
+        ({"num_batches_tracked": 0}, "num_batches_tracked is 0: expected a tensor"),
+        ({"stride": (2, 2)}, "stride is (2, 2): expected a whole number"),
+        ({"stride": None}, "stride is None: expected a whole number"),
+        ({"padding": "same"}, "padding is 'same': expected a whole number"),
+        ({"padding": 1.0}, "padding is 1.0: expected a whole number"),
+        ({"groups": 2.0}, "groups is 2.0: expected a whole number"),
+        ({"negative_slope": "0.2"}, "negative_slope is '0.2': expected a number"),
+        ({"negative_slope": float("nan")}, "negative_slope is nan"),
+        ({"momentum": None}, "momentum is None: expected a number"),
+        ({"eps": "1e-5"}, "eps is '1e-5': expected a number"),
     ],
 )
 def test_wrong_input_names_the_argument(changes, said):
@@ -65,6 +80,28 @@ def test_wrong_input_names_the_argument(changes, said):
 def test_one_value_a_channel_is_refused_as_batch_norm_refuses_it():
     with pytest.raises(ValueError, match="1 value a channel"):
         call(x=torch.randn(2, 3, 2, 2), groups=2)
+
+
+def test_numpy_s_numbers_are_numbers():
+    call(stride=np.int64(2), padding=np.int32(1), groups=np.int64(2), negative_slope=np.float32(0.2))
+
+
+@pytest.mark.parametrize("kind", ["conv", "conv_transpose"])
+def test_symbols_of_torch_compile_are_numbers(kind):
+    """Sizes, and numbers that the caller gives."""
+
+    weight = torch.rand(*((4, 3) if kind == "conv" else (3, 4)), 4, 4)
+
+    def run(x, stride, padding, groups, slope):
+        ones = torch.ones(4)
+        options = {"stride": stride, "padding": padding, "negative_slope": slope}
+        y = getattr(kernels, f"{kind}_bn_act")(x, weight, ones, ones, groups=groups, activation="leaky_relu", **options)
+        return y.sum() + getattr(kernels, f"{kind}_act")(x, weight, **options).sum()
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n, size, *numbers in ((4, 8, 2, 1, 2, 0.2), (6, 10, 3, 2, 3, 0.3)):
+        x = torch.randn(n, 3, size, size)
+        torch.testing.assert_close(compiled(x, *numbers), run(x, *numbers), rtol=1e-4, atol=1e-4)
 
 
 LAYER = Layer("L", "conv", 3, 4, 8, 4, 2, 1, True, "relu")
@@ -83,3 +120,14 @@ def test_a_backend_by_name_that_cannot_run_raises_with_the_cause(monkeypatch):
 def test_auto_is_eager_on_a_cpu_without_a_warning(recwarn):
     assert select("conv_act", LAYER, torch.device("cpu"), torch.float32) == ("eager", "the tensor is on cpu")
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("wants", ["x", "weight", "bn_bias"])
+def test_evaluation_with_a_gradient_is_refused_by_name_and_not_run_eagerly_in_silence(wants, monkeypatch):
+    monkeypatch.setattr("kernels.dispatch.why_not", lambda *_: None)
+    shape = {"x": (2, 3, 8, 8), "weight": (4, 3, 4, 4), "bn_bias": (4,)}[wants]
+    changes = {wants: torch.randn(shape, requires_grad=True), "training": False}
+    for strict in (False, True):
+        with use_backend("triton", strict=strict), pytest.raises(BackendError, match="training=False has no backward"):
+            call(**changes)
+    assert call(**changes).requires_grad

@@ -2,11 +2,14 @@
 
 import functools
 import json
+import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 
+import kernels
 from kernels import dispatch, launchers, tuning
 from kernels._triton.config import ConvConfig, WgradConfig
 from kernels.dispatch import BackendError, select, use_backend
@@ -47,7 +50,7 @@ def table(tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _=None: NAME)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
-    dispatch._warn_once.cache_clear()
+    monkeypatch.setattr(dispatch, "_warned", set())
 
     def write(content=TABLE):
         text = content if isinstance(content, str) else json.dumps(content)
@@ -100,9 +103,10 @@ def test_a_layer_s_own_entry_goes_before_a_nearer_number_of_images(table):
     assert chosen(128).backend == "library"
 
 
-def test_too_few_or_too_many_images_fall_back_with_a_warning_and_raise_under_strict(table):
+def test_too_few_or_too_many_images_fall_back_with_a_warning_and_raise_under_strict(table, monkeypatch):
     table()
     for images in (31, 4097):
+        monkeypatch.setattr(dispatch, "_warned", set())
         with pytest.warns(RuntimeWarning, match=f"of {images} images"):
             assert chosen(images).backend == "eager"
     with use_backend("auto", strict=True), pytest.raises(BackendError, match="of 31 images"):
@@ -131,8 +135,64 @@ def test_a_recipe_that_cannot_run_falls_back_and_says_why(table, monkeypatch):
 def test_an_op_without_a_layer_has_its_own_key(table):
     table()
     assert select("gan_loss", None, GPU, torch.bfloat16, images=256).backend == "triton"
-    with pytest.warns(RuntimeWarning, match="has no adam_step in bf16 of 5 images"):
+    with pytest.warns(RuntimeWarning, match="has no gan_loss in bf16 of 5 images"):
+        assert select("gan_loss", None, GPU, torch.bfloat16, images=5).backend == "eager"
+
+
+def test_adam_s_size_is_of_parameters(table):
+    table(TABLE | {"ops": {"adam_step": {"any": {"bf16": {"1000": "triton"}}}}})
+    with pytest.warns(RuntimeWarning, match="has no adam_step in bf16 of 5 parameters or near it"):
         assert select("adam_step", None, GPU, torch.bfloat16, images=5).backend == "eager"
+    found = select("adam_step", None, GPU, torch.bfloat16, images=2000)
+    assert found == ("triton", "fastest in the tuned table (at 1000 parameters)")
+
+
+def test_a_reason_is_said_once_for_an_op_whatever_the_shape(table, recwarn):
+    table()
+    for images in (3, 5, 31):
+        for channels in (7, 8):
+            chosen(images, layer=Layer("L", "conv", channels, 9, 8, 4, 2, 1, True, "relu"))
+            chosen(images, torch.float64)
+    select("gan_loss", None, GPU, torch.bfloat16, images=1)
+    said = [str(warning.message).split(" falls back to eager PyTorch: ") for warning in recwarn.list]
+    assert [(op, "float64" in why, "has no" in why) for op, why in said] == [
+        ("conv_bn_act", False, True),
+        ("conv_bn_act", True, False),
+        ("gan_loss", False, True),
+    ]
+
+
+def test_evaluation_with_a_gradient_falls_back_and_says_why(table, monkeypatch):
+    table()
+    op = sys.modules["kernels.conv_bn_act"]
+    monkeypatch.setattr(op, "backend_of", lambda op, layer, device, *rest: dispatch.backend_of(op, layer, GPU, *rest))
+    x, weight, ones = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 4, 4, requires_grad=True), torch.ones(4)
+
+    def run():
+        return kernels.conv_bn_act(x, weight, ones, ones, ones.clone(), ones.clone(), training=False)
+
+    with pytest.warns(RuntimeWarning, match="conv_bn_act falls back to eager PyTorch: training=False has no backward"):
+        assert run().requires_grad
+    with use_backend("auto", strict=True), pytest.raises(BackendError, match="training=False has no backward"):
+        run()
+
+
+@pytest.mark.parametrize("way", ["select", "an op", "a fused model"])
+def test_a_warning_points_at_who_called_the_package(table, monkeypatch, way):
+    real = dispatch.backend_of
+    for module in ("conv_act", "gan_loss"):
+        monkeypatch.setattr(
+            sys.modules[f"kernels.{module}"], "backend_of",
+            lambda op, layer, device, *rest: real(op, layer, GPU, *rest),
+        )  # fmt: skip
+    with pytest.warns(RuntimeWarning, match="no tuned table") as caught:
+        if way == "select":
+            chosen()
+        elif way == "an op":
+            kernels.gan_loss(torch.zeros(4), (True,))
+        else:
+            kernels.FusedSequential(torch.nn.Conv2d(3, 4, 4, 2, 1, bias=False)).forward(torch.zeros(1, 3, 4, 4))
+    assert [Path(warning.filename) for warning in caught] == [Path(__file__)]
 
 
 def test_without_a_table_auto_warns_once_and_strict_raises(table):

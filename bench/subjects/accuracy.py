@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.launchers import launchers
+from kernels.library import tf32
 
 Outputs = dict[str, Tensor]
 
@@ -29,12 +30,9 @@ gradients, where one right answer may differ from another by the whole gradient.
 @contextmanager
 def arithmetic(precision: str) -> Iterator[None]:
     """TF32 in convolutions and matrix products where `precision` is tf32, and nowhere else."""
-    flags = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    try:
+    allowed = precision == "tf32"
+    with tf32(allowed), tf32(allowed, torch.backends.cuda.matmul):
         yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = flags
 
 
 class Answers(NamedTuple):
