@@ -5,7 +5,6 @@ operations, a copy what it reads and what it writes; both run on random data (ze
 """
 
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +12,7 @@ import torch
 from bench.roofline import Ceilings
 from bench.timing import interleave, one_line
 from kernels.cpu.matmul import matmul
+from kernels.library import tf32
 
 MATRIX_SIDE = {"cuda": 8192, "cpu": 1024}
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
@@ -46,17 +46,6 @@ class Measured:
     def of(self, precision: str) -> Ceilings:
         """As `bench.roofline` takes them."""
         return Ceilings(self.matrix_tflops[precision], self.copy_tbps)
-
-
-@contextmanager
-def tf32(allowed: bool):
-    """Whether fp32 matrix products may use TF32, for a while."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def measure(
@@ -96,7 +85,7 @@ def measure(
 
     def product(operands: tuple[torch.Tensor, ...], allow_tf32: bool) -> Callable[[], None]:
         def call() -> None:
-            with tf32(allow_tf32):
+            with tf32(allow_tf32, torch.backends.cuda.matmul):
                 multiply(*operands)
 
         return call

@@ -14,13 +14,13 @@ the first step cannot: Adam's moments, and state that a graph or a buffer does n
 """
 
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from bench.peers.ladder import Runner, batches, weights
+from bench.subjects.accuracy import arithmetic
 from dcgan.arch import Arch
 from dcgan.model import Discriminator, Generator
 from dcgan.step import ReferenceStep, adam
@@ -44,17 +44,6 @@ class Oracle:
     step_s: float
 
 
-@contextmanager
-def exact_products():
-    """fp32 products in fp32: TF32 off."""
-    flags = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = flags
-
-
 def oracle(arch: Arch, images: int, device: torch.device, steps: int = STEPS) -> Oracle:
     """The reference's answer for `steps` batches of `images`."""
     start, data = weights(arch), batches(arch, images, device, steps)
@@ -71,7 +60,7 @@ def oracle(arch: Arch, images: int, device: torch.device, steps: int = STEPS) ->
         took_s.append(time.perf_counter() - began)
         return metrics
 
-    with exact_products():
+    with arithmetic("ieee"):
         metrics, moments = trained(timed, networks, optimizers, data)
     return Oracle(start, data, metrics, moments, tuple(copied(network) for network in networks), min(took_s))
 

@@ -9,6 +9,7 @@ import torch
 from bench import verify
 from bench.peers import ladder
 from bench.peers.ladder import RUNGS, DeviceStep, Graphed, Rung, Runner, build, unavailable, weights
+from bench.subjects.accuracy import arithmetic
 from bench.verify import differences, oracle, verdict
 from dcgan.arch import Arch
 from kernels.cpu import elementwise
@@ -125,6 +126,6 @@ def test_weights_are_the_same_every_time():
 
 
 def test_the_oracle_leaves_tf32_as_it_was():
-    with verify.exact_products():
+    with arithmetic("ieee"):
         assert not torch.backends.cudnn.allow_tf32
     assert torch.backends.cudnn.allow_tf32

@@ -14,9 +14,9 @@ from bench.overview import line
 from bench.peers import ladder, without
 from bench.peers.ladder import Rung
 from bench.stages import ahead, sampling, steps, tutorial
+from bench.subjects.accuracy import arithmetic
 from bench.telemetry import Telemetry
 from bench.timing import Timed
-from bench.verify import exact_products
 from dcgan.arch import PRESETS, Arch
 from dcgan.fused import FusedStep
 
@@ -173,7 +173,7 @@ def test_sampling_of_what_is_wrong_is_not_timed(tmp_path, monkeypatch):
 def test_the_tutorials_run_is_a_run_of_the_product(tmp_path, monkeypatch):
     bench, rows = bench_of(tmp_path)
     monkeypatch.setattr(tutorial, "launch", lambda arguments, seconds: (runs.run(*arguments), ""))  # in this process
-    with exact_products():  # a run sets PyTorch's switches for its process
+    with arithmetic("ieee"):  # a run sets PyTorch's switches for its process
         tutorial.tutorial(bench, 120.0, count=11, batch=4, epochs=2)
     (row,) = rows
     assert row["ok"] and row["steps"] == 2 * 3 and row["pictures"] == "random bytes"

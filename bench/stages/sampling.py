@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from bench.ceilings import graphed
 from bench.group import Bench, one_line
+from bench.subjects.accuracy import arithmetic
 from bench.timing import interleave
-from bench.verify import exact_products
 from dcgan.arch import Arch
 from dcgan.config import fast_bf16
 from dcgan.model import Generator
@@ -91,7 +91,7 @@ def measure(bench: Bench, images: int, precision: str, seconds: float) -> list[t
     """Name, `ok`, why not, and figures, of PyTorch's network in two ways, and ours."""
     arch, device = bench.plan.arch, bench.plan.device
     z = torch.randn(images, arch.nz, generator=torch.Generator().manual_seed(2)).to(device)
-    with torch.no_grad(), exact_products():
+    with torch.no_grad(), arithmetic("ieee"):
         expected = trained(arch, device)(z)
     suffix = "+bf16" if precision == "bf16" else ""
     best = f"generator{suffix}+channels_last" + ("+graph" if device.type == "cuda" else "")
