@@ -110,7 +110,9 @@ def one(check: Check, scope: Scope, rows: Rows, journal: Journal) -> None:
 def command() -> int:
     parser = Parser(prog="python -m bench.parity", description="Hold every kernel and op to float64 on this device.")
     parser.add_argument("--preset", choices=PRESETS, help="whose step (dcgan64; a tiny network on a CPU)")
-    parser.add_argument("--batch", type=int, action="append", help="images a step; may be repeated (the device's own)")
+    parser.add_argument(
+        "--batch", type=int, action="append", help="images per step; may be repeated (the device's own)"
+    )
     parser.add_argument("--precision", choices=DTYPES, action="append", help="may be repeated (the device's own)")
     parser.add_argument("--minutes", type=float, default=20.0, help="time to stay within (20)")
     parser.add_argument("--only", default="", help="a regular expression that a row's name must match")
@@ -123,7 +125,7 @@ def command() -> int:
     try:
         pattern = re.compile(args.only)
     except re.error as error:
-        raise InputError(f"--only {args.only}: no regular expression ({error})") from error
+        raise InputError(f"--only {args.only}: not a regular expression ({error})") from error
     scope = scope_of(
         torch.device("cuda" if torch.cuda.is_available() else "cpu"), args.preset, args.batch, args.precision
     )

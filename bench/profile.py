@@ -225,8 +225,8 @@ def text(found: Profile, operations: int = 25) -> str:
 def command() -> int:
     parser = Parser(prog="python -m bench.profile", description="Where a training step's time goes.")
     parser.add_argument("--preset", choices=PRESETS, default="dcgan64")
-    parser.add_argument("--batch-size", type=int, help="images a step (the preset's)")
-    parser.add_argument("--step", choices=RUNGS, default="fused", help="whose step (fused)")
+    parser.add_argument("--batch-size", type=int, help="images per step (the preset's)")
+    parser.add_argument("--step", choices=RUNGS, default="fused", help="the step to profile (fused)")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="bf16 where fast (auto)")
     parser.add_argument("--steps", type=int, default=3, help="steps to average over (3)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")

@@ -102,7 +102,7 @@ def write(folder: Path, rows: list[dict], readme: str, commit: str | None = None
     """Write a record into `folder`, which must not hold one already."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "rows.jsonl").exists():
-        raise FileExistsError(f"{folder} holds a record already: records are append-only, take another folder")
+        raise FileExistsError(f"{folder} already holds a record: records are append-only, take another folder")
     (folder / "env.json").write_text(json.dumps(environment(commit), indent=1) + "\n")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "README.md").write_text(readme)

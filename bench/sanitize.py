@@ -201,7 +201,7 @@ def main() -> int:
     try:
         re.compile(args.only)
     except re.error as error:
-        raise InputError(f"--only {args.only}: no regular expression ({error})") from None
+        raise InputError(f"--only {args.only}: not a regular expression ({error})") from None
     if not any(re.search(args.only, name) for name in names()):
         raise InputError(f"--only {args.only}: no case has such a name; there are {', '.join(names())}")
     if not args.minutes > 0:

@@ -171,15 +171,15 @@ def resolve_rungs(flags: dict, device: torch.device, precision: str, fused: str 
     """
     given = {name: flags.get(name) for name in ("channels_last", "compile", "cuda_graph")}
     if fused and given["channels_last"] is False:
-        raise InputError("--no-channels-last: --fused works in channels_last memory alone")
+        raise InputError("--no-channels-last cannot be combined with --fused, which requires channels_last")
     if fused == "stacks" and given["compile"]:
-        raise InputError("--compile is of the plain step and of --fused modules: --fused leaves nothing to compile")
+        raise InputError("--compile cannot be combined with --fused (use it without, or with --fused modules)")
     if given["cuda_graph"] and device.type != "cuda":
-        raise InputError(f"--cuda-graph needs a CUDA device, this is {device.type}")
+        raise InputError(f"--cuda-graph needs a CUDA device; this is {device.type}")
     scaled = precision == "fp16" and fused != "stacks"
     if given["cuda_graph"] and scaled:
         raise InputError(
-            "--cuda-graph with --precision fp16 is of --fused alone: elsewhere the host reads the loss scale"
+            "--cuda-graph with --precision fp16 requires --fused: the other paths read the loss scale on the host"
         )
     graph = device.type == "cuda" and fused is not None and not scaled
     return {
@@ -202,7 +202,7 @@ def image_size(flags: dict, preset: str) -> int:
     """The size that pictures are decoded to; checked before any is read."""
     size = flags.get("image_size", PRESETS[preset].arch.image_size)
     if size not in SIZES:
-        raise InputError(f"--image-size {size} is outside the family: choose one of {', '.join(map(str, SIZES))}")
+        raise InputError(f"--image-size {size} is not supported: choose one of {', '.join(map(str, SIZES))}")
     return size
 
 

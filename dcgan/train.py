@@ -64,9 +64,9 @@ def resolve(flags: dict) -> tuple[Config, ImageSet]:
     """A new run's settings and pictures. Raises InputError for whatever is wrong with the flags."""
     check_free(flags)
     if flags.get("fused") != "modules" and "backend" in flags:
-        raise InputError("--backend is of --fused modules, which was not given")
+        raise InputError("--backend only applies with --fused modules")
     if "strict" in flags and "fused" not in flags:
-        raise InputError("--strict is of --fused, which was not given")
+        raise InputError("--strict only applies with --fused")
     device = settings.choose_device(flags.get("device"))
     preset = flags.get("preset", "dcgan64" if device.type == "cuda" else "small32")
     defaults = PRESETS[preset]
@@ -116,7 +116,7 @@ def check_backends(config: Config) -> None:
     if config.fused == "stacks" and device.type == "cuda" and (reason := why_not("triton", device, dtype)):
         if config.strict:
             raise InputError(f"--fused --strict: {reason}")
-        say(f"warning: {reason}: training by --fused modules instead")
+        say(f"warning: {reason}: training with --fused modules instead")
         config.fused, config.cuda_graph = "modules", config.cuda_graph and config.precision != "fp16"
     if config.fused != "modules":
         return
@@ -151,14 +151,16 @@ def resolve_resumed(flags: dict, run: Path) -> tuple[Config, ImageSet]:
     if total:
         reached = max(map(step_of, steps(run / "checkpoints")), default=0)
         if total < reached:
-            raise InputError(f"--steps {total}: {run} is at step {reached} already")
+            raise InputError(f"--steps {total}: {run} is already at step {reached}")
         if all(getattr(config, k) == v for k, v in settings.default_intervals(config.steps).items()):
             flags = {**settings.default_intervals(total), **flags}
         config.steps, config.epochs = total, flags.get("epochs")
     images = open_images(flags.get("data", config.data), config.image_size, config.channels)
     config.data = images.source
     if images.fingerprint != config.resolved.get("fingerprint"):
-        raise InputError(f"--resume {run}: {config.data} is not what the run began with; --data says where that is now")
+        raise InputError(
+            f"--resume {run}: {config.data} differs from the data the run began with; --data gives its new place"
+        )
     for name in (*settings.INTERVALS, "tensorboard"):
         setattr(config, name, flags.get(name, getattr(config, name)))
     check_backends(config)
@@ -258,11 +260,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(trainer: Trainer, config: Config, run: Path) -> int:
     if trainer.step >= config.steps:
-        say(f"{run} has its {config.steps} steps already; --resume {run} --steps N goes on to N")
+        say(f"{run} already has its {config.steps} steps; --resume {run} --steps N continues to N")
         return 0
     size, found = config.image_size, config.resolved
     rungs = [f"fused {config.fused}"] if config.fused else ["channels_last"] * config.channels_last
-    rungs += ["compiled, which takes its time at the first step"] * config.compile + ["CUDA graph"] * config.cuda_graph
+    rungs += ["compiled, so the first step is slow"] * config.compile + ["CUDA graph"] * config.cuda_graph
     say(
         f"{found['dataset']}: {found['images']:,} pictures, {size}×{size}×{config.channels} · {config.preset} on "
         f"{found['device_name']}, {', '.join([config.precision, *rungs])} · "
@@ -274,7 +276,7 @@ def train(trainer: Trainer, config: Config, run: Path) -> int:
     except OSError as error:
         report = f"report.html not written ({error.strerror})"
     if number is not None:
-        say(f"stopped by signal {number} after step {trainer.step}; go on with --resume {run}")
+        say(f"stopped by signal {number} after step {trainer.step}; continue with --resume {run}")
         return 128 + number
     ring = trainer.batches.ring
     if ring is not None and ring.waited_s > 0.01 * trainer.clock.seconds:

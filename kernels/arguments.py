@@ -77,7 +77,7 @@ def check_statistics(
     running_var."""
     _, groups, tiles, channels = partials.values.shape
     if rows == 1:
-        raise ValueError("a group has 1 value a channel: training-mode batch norm needs at least 2")
+        raise ValueError("a group has 1 value per channel: training-mode batch norm needs at least 2")
     if (vectors["running_mean"] is None) != (vectors["running_var"] is None):
         raise ValueError("running_mean and running_var: give both or neither")
     check_tensor("partials.values", partials.values, (2, groups, tiles, channels), torch.float32, None)
@@ -149,7 +149,7 @@ def _served(tensor: Tensor) -> bool:
 def real_bits(real: Sequence[bool], groups: int) -> int:
     """Bit g says whether group g's target is 1."""
     if len(real) != groups:
-        raise ValueError(f"real has {len(real)} entries: expected {groups}, one a group")
+        raise ValueError(f"real has {len(real)} entries: expected {groups}, one per group")
     return sum(1 << group for group, is_real in enumerate(real) if is_real)
 
 
@@ -193,7 +193,7 @@ def table_of(
     lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "copies": copies}
     for name, tensors in lists.items():
         if len(tensors) != len(params):
-            raise ValueError(f"{name} has {len(tensors)} tensors: expected {len(params)}, one a parameter")
+            raise ValueError(f"{name} has {len(tensors)} tensors: expected {len(params)}, one per parameter")
     if not params:
         raise ValueError("params is empty: there is nothing to update")
     copy_dtypes = {c.dtype for c in copies if c is not None} or {torch.bfloat16}

@@ -112,7 +112,7 @@ def load(name: str) -> tuple[Table | None, str]:
         return parse(json.loads(path.read_text(encoding="utf-8")), name), ""
     except (OSError, ValueError, RecursionError) as error:
         why = f"the tuned table {path.name} cannot be used: {error}"
-        warnings.warn(f"{why}; the defaults are", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"{why}; using the default tiles", RuntimeWarning, stacklevel=3)
         return None, why
 
 
@@ -141,7 +141,7 @@ def _entries(
         where = f"{name}/{key}/{precision}/{images}"
         shape = () if key == "any" else tuple(map(int, re.split("[x@]", _matched(where, r"\d+x\d+@\d+", key))))
         if 0 in shape or precision not in PRECISIONS:
-            raise ValueError(f"{where}: no layer of {PRECISIONS}")
+            raise ValueError(f"{where}: expected a shape without zeros and a precision of {', '.join(PRECISIONS)}")
         count = int(_matched(where, "[1-9][0-9]{0,8}", images))
         found.setdefault((name, precision), []).append(Entry(shape, count, *read(where, name, value)))
     return {key: tuple(entries) for key, entries in found.items()}
@@ -173,7 +173,7 @@ def _recipe(where: str, value: Any, accepted: tuple[str, ...] = RECIPES) -> str:
 def _tiled(where: str, kernel: str, value: Any) -> tuple[str, Config | None]:
     """A kernel's recipe, and its tile where the recipe is ours."""
     if kernel not in CONFIGS or not isinstance(value, dict):
-        raise ValueError(f"{where}: no kernel of {', '.join(CONFIGS)} with a recipe")
+        raise ValueError(f"{where}: expected one of {', '.join(CONFIGS)}, with a recipe")
     recipe, tile = _recipe(where, value.get("recipe")), value.get("tile")
     if recipe not in ("triton", "cuda") or (recipe == "cuda" and tile is None):
         return recipe, None
@@ -227,7 +227,7 @@ def recipe(name: str, op: str, shape: Shape, precision: str, images: int | None)
     if entry is None:
         size = "" if images is None else f" of {images} images"
         layer = f" on {shape[0]}x{shape[1]}@{shape[2]}" if shape else ""
-        return Found(None, f"the tuned table has no {op} in {precision}{layer}{size} or near it")
+        return Found(None, f"the tuned table has no {op} in {precision}{layer}{size}, nor a near one")
     same = entry.shape == shape and images in (None, entry.images)
     return Found(entry, "fastest in the tuned table" + ("" if same else f" (at {entry})"))
 

@@ -89,7 +89,7 @@ class Table:
         sources: what its tiles are measured from, a hash; it stands in each of them.
 
     Raises:
-        ValueError: the file is of another device, or no table.
+        ValueError: the file is of another device, or not a table.
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any], sources: str):
@@ -98,7 +98,7 @@ class Table:
         if path.exists():
             held = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(held, dict) or held.get("device") != header["device"]:
-                raise ValueError(f"{path} is of another device than {header['device']}, or no tuned table")
+                raise ValueError(f"{path} is not a tuned table of {header['device']}")
             self.data |= {section: held.get(section, {}) for section in self.data}
 
     def has(self, kernel: str, key: str, precision: str, images: int) -> bool:

@@ -68,7 +68,7 @@ def available() -> str | None:
 
 @functools.cache
 def _fails_on(index: int) -> str | None:
-    """Why a launch of the smallest kernel fails on a device; None where it does not."""
+    """Why a launch of the smallest kernel fails on a device; None if it does not."""
     from kernels._cuda.batch_norm import merge_sums
     from kernels.geometry import Partials
 
@@ -84,8 +84,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     if _MISSING:
         return _MISSING
     if device.type != "cuda":
-        return f"the extension's kernels need a CUDA device, the tensor is on {device.type}"
+        return f"the extension's kernels need a CUDA device; the tensor is on {device.type}"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         name = str(dtype).removeprefix("torch.")
-        return f"the extension's kernels take bfloat16, float16 and float32, the tensor is {name}"
+        return f"the extension's kernels take bfloat16, float16 and float32; the tensor is {name}"
     return _fails_on(torch.cuda.current_device() if device.index is None else device.index)

@@ -36,13 +36,13 @@ PRECISIONS = ("ieee", "tf32")
 
 
 def missing(kernel: str, first: Tensor, second: Tensor, epilogue: Epilogue | None = None) -> str | None:
-    """Why the extension has no kernel for a call of `kernel`, `conv`, `conv_transpose` or `wgrad`; None where it has.
+    """Why the extension has no kernel for a call of `kernel`, `conv`, `conv_transpose` or `wgrad`; None if it has one.
 
     Args:
         first, second: its two tensors: x and weight, or low and high.
     """
     if epilogue and epilogue.mode == "batch_norm":
-        return "a batch norm of known statistics: the extension's epilogues apply none"
+        return "batch norm with known statistics: the extension's epilogues do not apply it"
     low, high = (second.shape[0], second.shape[3]) if kernel != "wgrad" else (first.shape[3], second.shape[3])
     reason = image.missing(high, low, kernel)
     if reason is None or high <= max(image.IMAGE_CHANNELS):
@@ -59,7 +59,7 @@ def missing(kernel: str, first: Tensor, second: Tensor, epilogue: Epilogue | Non
 
 
 def source(tensor: Tensor) -> str:
-    """Which source's kernels the tensor's device runs, `sm90` or `sm80`; `sm90` where there is no GPU."""
+    """Which source's kernels the tensor's device runs, `sm90` or `sm80`; `sm90` if there is no GPU."""
     gpu = tensor.device.type == "cuda"
     return "sm80" if gpu and torch.cuda.get_device_capability(tensor.device)[0] != 9 else "sm90"
 

@@ -125,7 +125,7 @@ def prepare_conv(
         on_tensor_cores(x, precision),
     )
     if c.tma and (into % c.depth or into * x.element_size() % 16):
-        raise ValueError(f"{c} is of TMA loads: {into} channels must be a multiple of depth and of 16 bytes")
+        raise ValueError(f"tile {c} uses TMA: {into} channels must be a multiple of depth and of 16 bytes")
     tiles = cdiv(per_group, c.images) * cdiv(h, c.height) * cdiv(w, c.width)
     partials = empty_partials(epilogue, tiles, y)
     box = (c.images, c.height, c.width)

@@ -119,7 +119,7 @@ def prepare_conv_transpose(
         on_tensor_cores(x, precision),
     )
     if c.tma and (into * x.element_size() % 16 or channels * x.element_size() % 16):
-        raise ValueError(f"{c} is of TMA loads: {into} and {channels} channels must be multiples of 16 bytes")
+        raise ValueError(f"tile {c} uses TMA: {into} and {channels} channels must be multiples of 16 bytes")
     boxes = cdiv(per_group, c.images) * cdiv(h, c.height) * cdiv(w, c.width)
     partials = empty_partials(epilogue, boxes * 4, y)
     arguments = {

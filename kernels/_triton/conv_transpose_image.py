@@ -115,9 +115,11 @@ def image_job(
     c = config or image_config(h, w, into, x.element_size(), arch or arch_of(x), on_tensor_cores(x, precision))
     rows, columns = inner(h, c.height), inner(w, c.width)
     if c.tma and not tma_fits((into,), x.element_size()):
-        raise ValueError(f"{c} is of TMA loads: {into} channels must be a multiple of 16 bytes")
+        raise ValueError(f"tile {c} uses TMA: {into} channels must be a multiple of 16 bytes")
     if rows < 1 or columns < 1:
-        raise ValueError(f"{c}: a picture of {h}×{w} needs a rim, and tiles of at least 4×4 or all of a side")
+        raise ValueError(
+            f"tile {c}, pictures of {h}×{w}: each side needs a rim, so at least 4 pixels, or must cover the picture"
+        )
     arguments = {
         "x": box_view(x, tuple(x.shape), (c.images, c.height, c.width, c.depth)) if c.tma else x,
         "w": weight, "y": y, "saved": epilogue.saved, "per_group": images // groups, "groups": groups,

@@ -26,10 +26,10 @@ def check_epilogue(epilogue: Epilogue, out: Tensor, images: int) -> None:
         raise ValueError(f"activation is {epilogue.activation!r}: accepted are none, relu, leaky_relu and tanh")
     given = (epilogue.saved, epilogue.state)
     if epilogue.statistics and (epilogue.activation != "none" or any(tensor is not None for tensor in given)):
-        raise ValueError("statistics=True is of a raw output: it takes activation='none', no saved tensor and no state")
+        raise ValueError("statistics=True requires a raw output: activation='none', no saved tensor and no state")
     if epilogue.merge is not None and not epilogue.sums:
         raise ValueError(
-            "merge is given where the epilogue takes no sums: it needs statistics=True, or saved and state"
+            "merge is given, but the epilogue takes no sums: merge needs statistics=True, or saved and state"
         )
     if epilogue.state is not None:
         if epilogue.activation == "tanh":

@@ -190,7 +190,7 @@ def merge_arguments(epilogue: Epilogue, values: Tensor | None, tiles: int, colum
     if given["tracked"] is not None:
         check_tensor("merge.tracked", given["tracked"], (), torch.int64, values)
     if epilogue.mode == "statistics" and rows == 1:
-        raise ValueError("a group has 1 value a channel: training-mode batch norm needs at least 2")
+        raise ValueError("a group has 1 value per channel: training-mode batch norm needs at least 2")
     return empty | given | {
         "rounds": rounds, "round_counts": values.new_empty((groups, together)),
         "tickets": tickets(values, column_tiles * (1 + groups * together)),

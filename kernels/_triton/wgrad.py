@@ -167,11 +167,11 @@ def prepare_wgrad(
     low: Tensor | Deferred, high: Tensor | Deferred, precision: str = "ieee", config: WgradConfig | None = None,
     arch: int | None = None, out: Tensor | None = None, pending: list[Shares] | None = None,
 ) -> Job:  # fmt: skip
-    """The job of `wgrad`; see there. The default tile is that of capability `arch`, the device's own where None."""
+    """The job of `wgrad`; see there. The default tile is that of capability `arch` (None: the device's own)."""
     sides = {"low": low, "high": high}
     deferred = [name for name, side in sides.items() if isinstance(side, Deferred)]
     if len(deferred) == 2:
-        raise ValueError("low and high are both deferred: one of them is a gradient")
+        raise ValueError("low and high are both deferred, but one of them must be a gradient")
     side = deferred[0] if deferred else "low"
     groups, before = groups_of(sides[side]), prologue(sides[side])
     low = check_input("low", low)
@@ -186,13 +186,15 @@ def prepare_wgrad(
         images, h, w, rows, channels, itemsize, arch or arch_of(low), on_tensor_cores(low, precision)
     )
     if c.tma and (rows * itemsize % 16 or channels * itemsize % 16):
-        raise ValueError(f"{c} is of TMA loads: {rows} and {channels} channels must be multiples of 16 bytes")
+        raise ValueError(f"tile {c} uses TMA: {rows} and {channels} channels must be multiples of 16 bytes")
     gradient = low.new_empty((rows, 4, 4, channels), dtype=torch.float32) if out is None else out
     check_tensor("out", gradient, (rows, 4, 4, channels), torch.float32, low)
     shares = gradient if c.split == 1 else gradient.new_empty((c.split, *gradient.shape))
     box, flat = (c.images, c.height, c.width), not c.tma and channels < FLAT_CHANNELS
     if c.taps not in ((1,) if flat else (1, 2, 4)):
-        raise ValueError(f"{c} of {channels} channels: taps must be 1, or 2 or 4 from {FLAT_CHANNELS} channels on")
+        raise ValueError(
+            f"tile {c}, {channels} channels: taps must be 1, or 2 or 4 if tma or from {FLAT_CHANNELS} channels"
+        )
     arguments = {
         "low": box_view(low, tuple(low.shape), (*box, c.rows)) if c.tma else low,
         "high": halves_view(high, box, c.columns) if c.tma else high,
