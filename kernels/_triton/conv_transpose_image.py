@@ -4,6 +4,25 @@ With 1 to 4 output channels a phase would fill a quarter of the narrowest tensor
 pixel nine to sixteen times for products that take no time. So the product comes first: each pixel by all of the weight,
 once. An output is then the sum of four of these products, of its own pixel and of three neighbours, which lie in the
 same tile: the tile has a rim of one pixel wherever the picture goes on.
+
+Input pixel (i, j) owns the 2×2 outputs (2i+p, 2j+q), p and q in {0, 1}, one at each of its corners. Output (p, q) adds
+a product of each of the four pixels that meet at its corner. For (0, 0), and with the names in the kernel, those are
+
+             j−1         j
+         +---------+---------+
+    i−1  | corner  |  above  |       corner   a = 1, b = 1: the pixel across the corner
+         +---------+---------+       above    a = 1, b = 0: one row towards the corner, i + s
+      i  |  left   |0,0 :0,1 |       left     a = 0, b = 1: one column towards the corner, j + t
+         |         |....:....|       z        a = 0, b = 0: the pixel itself, shown with its four outputs p,q
+         |         |1,0 :1,1 |
+         +---------+---------+
+
+    y[2i+p, 2j+q] = z[i, j] + left[i, j+t] + above[i+s, j] + corner[i+s, j+t],    s = 2p − 1, t = 2q − 1
+
+For p = 1 "above" is the row below, and for q = 1 "left" is the column on the right. `acc` has all of a pixel's 64
+columns, (a, b, p, q, o). The first `split` parts b = 0 from b = 1, the two after it a = 0 from a = 1: that makes four
+tensors of columns (p, q, o). `neighbours` then shifts along one side at a time, each column by its own t or s: left by
+t onto z, corner by t onto above, and above, which now has both, by s onto z; the epilogue follows.
 """
 
 import triton
@@ -83,13 +102,13 @@ def conv_transpose_image_kernel(
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
     beside, apart = acc.reshape(BM, 2, 2, 16).permute(0, 3, 1, 2).split()  # b = 0 and 1, each (pixels, 16, a)
-    z, above = beside.split()
+    z, above = beside.split()  # a = 0 and 1, each (pixels, 16)
     left, corner = apart.split()
     column = tl.arange(0, 16)
     py, px, o = column // (2 * CO), column // CO % 2, column % CO
-    z += neighbours(left, w0, W, BW, 1, CO)
+    z += neighbours(left, w0, W, BW, 1, CO)  # from column j + t
     above += neighbours(corner, w0, W, BW, 1, CO)
-    z += neighbours(above, h0, H, BH, BW, 2 * CO)
+    z += neighbours(above, h0, H, BH, BW, 2 * CO)  # from row i + s
 
     first = ((n * 2 * H + 2 * h) * 2 * W + 2 * q).to(tl.int64) * CO
     offsets = first[:, None] + ((py * 2 * W + px) * CO + o)[None, :]

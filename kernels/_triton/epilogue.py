@@ -90,6 +90,10 @@ def finish(
 ):  # fmt: skip
     """Finish a tile, PART columns at a time, so that what the epilogue loads needs few registers beside acc.
 
+    Triton's language cannot slice a tensor in registers, so the tile is halved until its columns fit. Reshape and
+    permute put the column index's highest bit last, and `split` separates by it. In the accumulator's layout a thread
+    holds columns of both halves, so the split moves nothing between threads: it only sorts a thread's own registers.
+
     acc (BM, BN) fp32; rows (BM,) int64, each output pixel's index; valid (BM,): whether the pixel exists and is of
     this group, without which it may neither be stored nor counted; column: the first of BN, those ≥ C being overhang.
     """

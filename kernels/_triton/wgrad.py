@@ -79,6 +79,9 @@ def wgrad_kernel(
             iy, ix = (2 * y - 1)[:, None] + ky, (2 * x - 1)[:, None] + kx + t
             seen = valid & (iy >= 0) & (iy < 2 * H) & (ix >= 0) & (ix < 2 * W)
             if TMA:
+                # The last axis has the channels of two pixels, 2C. Where column + BN > C the box may run into the
+                # second one's. Here channels are columns of the product, which do not mix: the mask of the store drops
+                # those past C. In `conv` channels are the reduction, where they would be added: hence C % depth == 0.
                 half_row, half_column = h0 + (ky + 1) // 2 - 1, w0 + (kx + t + 1) // 2 - 1
                 b = high.load([n0, half_row, (ky + 1) % 2, half_column, (kx + t + 1) % 2 * C + column])
                 b = b.reshape(BK, BN)
