@@ -11,7 +11,7 @@ Rows like `conv_bn_act/D3/backward/triton/bf16/b128`, what matters most first:
 
 On a CPU: eager on tiny shapes; with TRITON_INTERPRET=1 Triton's kernels in its interpreter (not bf16, whose `tl.dot` is
 wrong there). A row is written as it comes; a run on the same FILE goes on where the last one stopped, and what stopped
-it is a row that failed. Exit codes: 0; 3 where a row is wrong; 2 for wrong input. Not yet run on a GPU.
+it is a row that failed. Exit codes: 0; 3 if a row is wrong; 2 for wrong input. Not yet run on a GPU.
 """
 
 import json
@@ -35,7 +35,7 @@ from dcgan.flags import Parser
 
 
 class Rows:
-    """Rows of a file, one a line, that a later run on the same file adds to."""
+    """Rows of a file, one per line, that a later run on the same file adds to."""
 
     def __init__(self, path: Path | None):
         self.path = path

@@ -4,7 +4,7 @@
                             [--steps 3] [--tflops T --tbps B] [--out trace.json] [--counters]
 
 The fused step's layers are marked from outside, by ranges around each stage's calls, so nothing in the step knows of
-it; the other steps have the table by operation alone. On a CPU a range's time is the wall clock's, on a GPU that of the
+it; the other steps have only the table by operation. On a CPU a range's time is the wall clock's, on a GPU that of the
 kernels launched in it; that part has not run on a GPU yet. The floors are those of `bench.roofline` at
 this machine's ceilings, measured first unless given. `--out` writes a trace for chrome://tracing or ui.perfetto.dev.
 On a GPU a trace of the captured step gives its nodes, gaps and waits, and `--counters` asks Nsight Compute (`ncu`) what
@@ -46,7 +46,7 @@ class Profile:
     """Figures of one step, averaged.
 
     step_ms: from the profiler's own clock, its overhead included: a timing is `bench.suite`'s matter.
-    layers: rows `name`, `ms`, `floor_ms` (None where the roofline has no such kernel), the slowest first.
+    layers: rows `name`, `ms`, `floor_ms` (None if the roofline has no such kernel), the slowest first.
     operations: rows `name`, `calls` a step, `ms` of its own, the slowest first.
     """
 

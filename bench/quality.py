@@ -5,9 +5,9 @@
 
 Trains both from the command line, `DIR/fused-bf16-seed0`, `DIR/eager-fp32-seed0`, …, and compares what each generator
 makes of the same noise with real pictures by a quarter, a half and all of the steps: the mean over a run's last five
-checkpoints there, a hundredth of the steps apart. A run that is there is not repeated, one that was cut off goes on.
+checkpoints there, a hundredth of the steps apart. A finished run is not repeated; an interrupted one continues.
 `DIR/rows.jsonl`, `env.json` and `README.md` are a record; docs/quality.md says how to read it. Exit codes: 0; 2 for
-wrong input; 3 where fused is worse than the seeds' spread allows, or a run failed.
+wrong input; 3 if fused is worse than the seeds' spread allows, or a run failed.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""Records: what was measured, on what, from which sources. Append-only, a folder each.
+"""Records: what was measured, on what, from which sources. Append-only, one folder each.
 
-`bench/results/<machine>/<date>_<slug>/` holds `rows.jsonl` (a line a measurement: at least `suite`, `name`, `ok`, and
+`bench/results/<machine>/<date>_<slug>/` holds `rows.jsonl` (a line per measurement: at least `suite`, `name`, `ok`, and
 figures with their units in their names), `env.json`, `README.md`, and `summary.json` where the step was measured.
 """
 
@@ -65,7 +65,7 @@ def environment(commit: str | None = None) -> dict:
     """Where and from what a measurement comes.
 
     Args:
-        commit: for a copy of the tree without git's data; asked of git where None.
+        commit: for a copy of the tree without git data; None: git is asked.
     """
     changes = _git("status", "--porcelain")
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()

@@ -61,7 +61,7 @@ class Resources:
 
     registers: of a thread. spills: bytes of local memory a thread. shared_bytes: of a program.
     matrix, tma: how often its PTX names the architecture's tensor-core instruction and a TMA load.
-    early: what its PTX does to memory before it has waited for the launch before; None where it need not wait.
+    early: what its PTX does to memory before it has waited for the launch before; None if it need not wait.
     """
 
     registers: int
@@ -130,7 +130,7 @@ def faults(case: Case, found: Resources, arch: int) -> list[str]:
     """What is wrong with a compiled kernel; nothing where it may ship."""
     wrong = []
     if found.spills:
-        wrong.append(f"spills {found.spills} bytes a thread to local memory")
+        wrong.append(f"spills {found.spills} bytes per thread to local memory")
     if found.shared_bytes > SHARED_LIMIT_BYTES[arch]:
         wrong.append(f"takes {found.shared_bytes} bytes of shared memory, of {SHARED_LIMIT_BYTES[arch]} there are")
     if found.early:

@@ -1,4 +1,4 @@
-"""Everything that can be measured of the step on this machine, in one command that plans itself into the time given.
+"""Everything that can be measured of the step on this machine, in one command that plans itself for the time given.
 
     python -m bench.suite --out DIR [--quick] [--only parity,ceilings,peers,…] [--minutes N] [--commit SHA]
                           [--preset dcgan64] [--batch N --batch M] [--compile]
@@ -7,7 +7,7 @@ Rows are appended to `DIR/rows.jsonl` one by one, so what was measured survives 
 `suite`, `name`, `ok` (true, false, or null where nothing was measured), `why`, and figures with their units in their
 names; fractions are 0 to 1. Beside it: `env.json`, `summary.json`, `README.md`; of the stage `parity` `parity.jsonl`,
 of `profile` `profile.txt` and `trace.json`, of `tune`, which runs where `--only` names it, `tuned.json`. Exit codes: 0;
-2 for wrong input; 3 where something of ours was wrong; 128 + n by a signal.
+2 for wrong input; 3 if something of ours was wrong; 128 + n by a signal.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def file_hashes(root: Path = record.ROOT) -> dict[str, str]:
 
 
 def newest(results: Path) -> tuple[Path, dict] | None:
-    """The newest record of a step on this machine under `results`, and its environment; None where there is none."""
+    """The newest record of a step on this machine under `results`, and its environment; None if there is none."""
     found = []
     for path in sorted((results / record.machine()).glob("*/env.json")):
         if not (path.parent / "summary.json").exists():

@@ -7,7 +7,7 @@ For each kernel × shape of a training step: the tiles of `bench.tuning.candidat
 spills or does not fit is left out; each of the others runs once with every epilogue that the step gives this shape, and
 is held against float64 on the device; what is right is timed, the best few once more beside the library's product with
 our kernels around it, and the fastest is written. On those tiles then, for each layer whose input has a batch norm,
-whether its forward pass and weight gradient had better apply it as they load the map (`inputs/…`); whether the captured
+whether its forward pass and weight gradient should apply it as they load the map (`inputs/…`); whether the captured
 step is faster with kernels that may begin before the one before them has ended (`launch/…`); and each public op,
 forward and backward, by each recipe as a whole.
 
@@ -213,7 +213,7 @@ def fastest_first(times: dict[str, float]) -> str:
 def dry_run(
     wanted: list[Shape], maps: list[Read], ops: list[Entry], whole: list[Steps], capability: int, each: bool
 ) -> list[str]:  # fmt: skip
-    """What a search would try, a line a shape, an input, an op, a step; with `each`, a line a tile too."""
+    """What a search would try, a line per shape, input, op and step; with `each`, also one per tile."""
     from bench.tuning.candidates import candidates
 
     lines, total = [], 0

@@ -50,7 +50,7 @@ struct Sums {
 template <class T, int COLUMNS, int THREADS>
 __device__ __forceinline__ void merge_tiles(
     const ConvShape& s, const ConvTile& tile, const ConvOutput<T>& out, const ConvMerge& m, int* flag) {
-  static_assert(COLUMNS <= THREADS, "a thread a channel");
+  static_assert(COLUMNS <= THREADS, "one thread per channel");
   const bool statistics = !out.state;
   const int tiles = s.boxes() * s.phases, rounds = (tiles + TOGETHER - 1) / TOGETHER, round = tile.index / TOGETHER;
   const int wide = (s.out + COLUMNS - 1) / COLUMNS, of = tile.column / COLUMNS, place = tile.group * rounds + round;

@@ -57,7 +57,7 @@ struct Arguments {
 //     tiles (and 4 phases) where tap by tap it were four times that; w once for each cluster of boxes.
 // Accumulates in fp32, in registers, which the statistics see before it is rounded.
 // Beats the library by what does not follow, and by what L2 need not give: of 128×128 tiles it is bound by L2 otherwise
-//     (docs/cuda_convolution.md). Two blocks an SM where there are as many, so that one multiplies while another stores.
+//     (docs/cuda_convolution.md). Two blocks per SM where there are as many, so that one multiplies while another stores.
 template <class T, int COLUMNS, bool TRANSPOSED>
 __global__ void __launch_bounds__(THREADS, Plan<COLUMNS>::BLOCKS)
     conv_sm90_kernel(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, Arguments<T> a) {

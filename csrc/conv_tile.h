@@ -168,7 +168,7 @@ __device__ __forceinline__ void finish_tile(
   }
 
 #pragma unroll
-  for (int j = 0; j < N / 8; j += 4) {  // eight columns a thread: 8k + 2t + e of these four tiles; vectors are 8t + 2k + e
+  for (int j = 0; j < N / 8; j += 4) {  // eight columns per thread: 8k + 2t + e of these four tiles; vectors are 8t + 2k + e
     const int vector = tile.column + column + 8 * (j + t);
     float g_sum[8] = {}, gx_sum[8] = {};
     uint32_t kept[2 * MT][4] = {};

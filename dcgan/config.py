@@ -14,8 +14,8 @@ from kernels import BACKENDS
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 INTERVALS = ("log_every", "sample_every", "checkpoint_every", "keep")
 MAY_CHANGE = ("steps", "epochs", *INTERVALS, "device", "cuda_graph", "tensorboard", "data")
-"""What `--resume` may set anew. The numbers depend on none of it but the device; `data` must be the same pictures,
-wherever they lie now."""
+"""What `--resume` may change. Of these only the device affects the numbers; `data` must be the same pictures,
+wherever they are now."""
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Config:
 
     @classmethod
     def read(cls, run: Path) -> "Config":
-        """Raises InputError where `run` is not a run directory."""
+        """Raises InputError if `run` is not a run directory."""
         if not run.is_dir():
             raise InputError(f"{run}: no such run directory")
         try:
@@ -127,7 +127,7 @@ RESUMED_BY = {"fingerprint", "steps_per_epoch", "threads"}
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device named, or a GPU where there is one. Raises InputError for one that is not there or does not start."""
+    """The device named, or a GPU if there is one. Raises InputError for one that is not there or does not start."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -155,7 +155,7 @@ def fast_bf16(device: torch.device) -> bool:
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """`auto` is bf16 where that is fast, else fp32. Raises InputError for what the device cannot do."""
+    """`auto` is bf16 if that is fast, else fp32. Raises InputError for what the device cannot do."""
     if name == "auto":
         return "bf16" if fast_bf16(device) else "fp32"
     if name in ("tf32", "fp16") and device.type != "cuda":
@@ -207,7 +207,7 @@ def image_size(flags: dict, preset: str) -> int:
 
 
 def default_intervals(steps: int) -> dict[str, int]:
-    """About a hundred log lines, twenty sample grids and five checkpoints a run, and never too far apart."""
+    """About a hundred log lines, twenty sample grids and five checkpoints per run, and never too far apart."""
     return {
         "log_every": min(100, max(1, steps // 100)),
         "sample_every": min(1000, max(1, steps // 20)),

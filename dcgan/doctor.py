@@ -106,7 +106,7 @@ def products(layer: Layer) -> Iterator[tuple[str, tuple[int, int, int]]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command; `argv` are its arguments; None: the process's."""
+    """The command; `argv` are its arguments (None: the process's)."""
     parser = Parser(
         prog="python -m dcgan.doctor", description=__doc__.split(": ")[1], formatter_class=argparse.HelpFormatter
     )

@@ -26,7 +26,7 @@ LARGEST_GRID = 10_000
 
 @torch.no_grad()
 def sample(generator: Generator, n: int, seed: int, precision: str = "fp32") -> Iterator[Tensor]:
-    """n images in [-1, 1] as pieces (≤ 1024, C, H, W) on the CPU; z comes from `seed` alone, whatever the device.
+    """n images in [-1, 1] as pieces (≤ 1024, C, H, W) on the CPU; z depends only on `seed`, whatever the device.
 
     In evaluation mode image i is a function of (seed, i), computed in `precision` by `dcgan.sampling.Sampler`. In
     training mode (`generator.train()`) batch norm takes the statistics of the whole batch, so all n go through the
@@ -90,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command; `argv` are its arguments, those of the process where None."""
+    """The command; `argv` are its arguments (None: the process's)."""
     args = parser().parse_args(argv)
     device = choose_device(args.device)
     out = Path(args.out)

@@ -24,7 +24,7 @@ from kernels.dispatch import op_of, select, why_not
 
 
 def check_free(flags: dict) -> None:
-    """Raise InputError where `--out` names a directory in use, before any picture is decoded."""
+    """Raise InputError if `--out` names a directory in use, before any picture is decoded."""
     if "out" in flags and (flags["out"] == "" or in_use(Path(flags["out"]))):
         out = flags["out"] or "''"
         raise InputError(f"--out {out} is already in use: choose another, or --resume {out}")
@@ -40,7 +40,7 @@ def in_use(run: Path) -> bool:
 
 
 def claim_new(flags: dict, name: str) -> tuple[Path, IO[str]]:
-    """The directory of a new run, created, and its claim. Raises InputError where it is in use or cannot be made."""
+    """The directory of a new run, created, and its claim. Raises InputError if it is in use or cannot be made."""
     run = Path(flags.get("out", ""))
     try:
         if "out" in flags:
@@ -111,7 +111,7 @@ def resolve(flags: dict) -> tuple[Config, ImageSet]:
 
 
 def check_backends(config: Config) -> None:
-    """Raise InputError where a fused module could not run by the backend asked for, or not without a fallback."""
+    """Raise InputError if a fused module could not run by the backend asked for, or not without a fallback."""
     dtype, device = AUTOCAST_DTYPE.get(config.precision, torch.float32), torch.device(config.device)
     if config.fused == "stacks" and device.type == "cuda" and (reason := why_not("triton", device, dtype)):
         if config.strict:
@@ -251,7 +251,7 @@ def resume(flags: dict) -> tuple[Trainer, Config, Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; `argv` are its arguments, those of the process where None."""
+    """The command; `argv` are its arguments (None: the process's)."""
     flags = vars(parser().parse_args(argv))
     trainer, config, run = resume(flags) if "resume" in flags else begin(flags)
     with use_backend(config.backend, config.strict):

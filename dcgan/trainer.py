@@ -112,7 +112,7 @@ class Trainer:
         self.summed = state["summed"]
 
     def save(self, last: bool = False) -> None:
-        """Write a checkpoint and prune; a disk that is full is said and survived, and tried again next time.
+        """Write a checkpoint and prune; a full disk is reported and survived, and the next save tries again.
 
         Args:
             last: nothing comes after it; then room is made by removing all but the newest of the earlier ones, and
@@ -256,7 +256,7 @@ class Trainer:
     # What goes wrong
 
     def _finite_sums(self) -> list[float]:
-        """The interval's sums, read once from the device. Raises NotFinite where a loss is NaN or infinite."""
+        """The interval's sums, read once from the device. Raises NotFinite if a loss is NaN or infinite."""
         sums = self.sums.tolist()
         if not all(map(math.isfinite, sums[:2])):
             raise NotFinite(f"loss_d or loss_g is not finite by step {self.step}")

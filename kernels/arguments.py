@@ -41,7 +41,7 @@ def tickets(like: Tensor, count: int) -> Tensor:
 
 
 def check_ticket(ticket: Tensor | None, like: Tensor) -> Tensor:
-    """`ticket`, (1,) int32 beside `like`, or one of the stream's where None."""
+    """`ticket`, (1,) int32 beside `like`, or, if None, one of the stream's."""
     if ticket is None:
         return tickets(like, 1)[:1]
     if ticket.dtype != torch.int32 or ticket.shape != (1,) or ticket.device != like.device:
@@ -65,7 +65,7 @@ def rows_of(name: str, tensor: Tensor, groups: int) -> int:
 
 
 def check_activation(activation: str) -> None:
-    """After batch norm."""
+    """Raise ValueError if it cannot follow batch norm."""
     if activation not in ("none", "relu", "leaky_relu"):
         raise ValueError(f"activation is {activation!r}: after batch norm, accepted are none, relu and leaky_relu")
 
@@ -123,7 +123,7 @@ def check_head(y: Tensor, weight: Tensor, state: Tensor, activation: str) -> tup
 
 
 def check_scale(scale: Tensor | None, like: Tensor) -> None:
-    """Of D's loss."""
+    """Raise ValueError if the scale of D's loss does not fit."""
     if scale is not None and (scale.dtype != torch.float32 or not scale.numel() or scale.device != like.device):
         got = f"{scale.dtype} {tuple(scale.shape)} on {scale.device}"
         raise ValueError(f"scale is {got}: expected float32 on {like.device}, its first element the scale")

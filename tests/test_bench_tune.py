@@ -55,9 +55,9 @@ def test_the_fastest_right_candidate_is_chosen_and_a_wrong_one_is_never_timed():
 
 def test_the_library_wins_where_it_is_faster_and_what_may_not_ship_is_not_even_run():
     bench = FakeLab({"default": 9.0, "spills": 1.0, "library": 7.0})
-    choice = search.search(["default", "spills"], bench, {"spills": "spills 8 bytes a thread"})
+    choice = search.search(["default", "spills"], bench, {"spills": "spills 8 bytes per thread"})
     assert choice.recipe == "library" and bench.checked == ["default", "library"]
-    assert choice.rejected == {"spills": "spills 8 bytes a thread"}
+    assert choice.rejected == {"spills": "spills 8 bytes per thread"}
 
 
 def test_the_extension_competes_where_it_is_named(tmp_path):

@@ -62,7 +62,7 @@ if _MISSING and LIBRARY.exists():
 
 
 def available() -> str | None:
-    """Why the extension cannot be used, whatever the device; None where it can."""
+    """Why the extension cannot be used, whatever the device; None if it can."""
     return _MISSING
 
 
@@ -80,7 +80,7 @@ def _fails_on(index: int) -> str | None:
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the extension's kernels cannot run on tensors of this device and type; None where they can."""
+    """Why the extension's kernels cannot run on tensors of this device and type; None if they can."""
     if _MISSING:
         return _MISSING
     if device.type != "cuda":

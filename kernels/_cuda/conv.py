@@ -124,9 +124,9 @@ def conv(
     Args:
         x: (N, 2H, 2W, C) bfloat16, float16 or float32, contiguous.
         weight: (O, 4, 4, C) of x's dtype, contiguous: the layout that all products of a layer share.
-        epilogue: what happens to the accumulator; kept as it is where None.
-        precision: of float32 products: `ieee`, or `tf32`, which allows less and is not made use of.
-        config: the tile on the tensor cores; a default where None.
+        epilogue: what happens to the accumulator; None: kept as it is.
+        precision: of float32 products: `ieee`, or `tf32`, which permits less precision and is not used.
+        config: the tile on the tensor cores; None: a default.
 
     Returns:
         y (N, H, W, O) of x's dtype, and where the epilogue takes sums the tiles' `Partials`, or what its `merge` makes
@@ -171,7 +171,7 @@ def wgrad(
     Args:
         config: the tile on the tensor cores, of low channels. The blocks of a cluster, at most four, have the same
             pixels and other taps.
-        pending: takes the shares that are left to be added up; they are added here where None.
+        pending: takes the shares that are left to be added up; None: they are added here.
     """
     _check("wgrad", low, high, None, precision)
     if high.shape[3] in image.IMAGE_CHANNELS:

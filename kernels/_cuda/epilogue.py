@@ -54,7 +54,7 @@ def output(out: Tensor | None, shape: tuple[int, ...], like: Tensor, dtype: torc
 
 
 def check_epilogue(epilogue: Epilogue, out: Tensor, images: int) -> None:
-    """Raise ValueError where the epilogue does not fit an output (N, H, W, C), naming the argument."""
+    """Raise ValueError if the epilogue does not fit an output (N, H, W, C), naming the argument."""
     if epilogue.groups < 1 or images % epilogue.groups:
         raise ValueError(f"groups is {epilogue.groups}: it must divide the batch of {images}")
     if epilogue.activation not in ("none", "relu", "leaky_relu", "tanh"):

@@ -22,7 +22,7 @@ BOX_PIXELS, BOX_WIDTHS = 256, (8, 16, 32)
 
 
 def missing(image_channels: int, channels: int, kind: str) -> str | None:
-    """Why these kernels do not serve a product (`conv`, `conv_transpose`, `wgrad`); None where they do."""
+    """Why these kernels do not serve a product (`conv`, `conv_transpose`, `wgrad`); None if they do."""
     if image_channels not in IMAGE_CHANNELS:
         return f"{image_channels} image channels: the image kernels take 1, 3 and 4"
     if channels % 8:

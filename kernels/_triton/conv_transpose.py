@@ -153,7 +153,7 @@ def conv_transpose(
             gradient a Conv2d's (out, in, 4, 4), in channels_last memory and permuted by (0, 2, 3, 1): the layout
             that `conv` and `wgrad` have too. Its rows are read along O, which wgmma takes as it is in 16 bits.
         epilogue, precision, config: as for `conv`.
-        out: where y goes; a new tensor where None.
+        out: where y goes; None: a new tensor.
 
     Returns:
         y (N, 2H, 2W, O) of x's dtype, and the tiles' `Partials` or what became of them, as of `conv`.

@@ -1,9 +1,9 @@
 """conv_transpose k4 s2 p1 onto an image: a generator's last layer, and the gradient of the images that D's first read.
 
 With 1 to 4 output channels a phase would fill a quarter of the narrowest tensor-core tile, and its taps would load each
-pixel nine to sixteen times for products that take no time. So the product comes first: each pixel by all of the weight,
-once. An output is then the sum of four of these products, of its own pixel and of three neighbours, which lie in the
-same tile: the tile has a rim of one pixel wherever the picture goes on.
+pixel nine to sixteen times for products that take next to no time. So the product comes first: each pixel by all of the
+weight, once. An output is then the sum of four of these products, of its own pixel and of three neighbours, which lie
+in the same tile: the tile has a rim of one pixel wherever the picture goes on.
 
 Input pixel (i, j) owns the 2×2 outputs (2i+p, 2j+q), p and q in {0, 1}, one at each of its corners. Output (p, q) adds
 a product of each of the four pixels that meet at its corner. For (0, 0), and with the names in the kernel, those are
@@ -43,7 +43,7 @@ def neighbours(z, first, SIZE: tl.constexpr, B: tl.constexpr, APART: tl.constexp
 
     The side has B pixels, from the picture's `first` of SIZE on, which lie APART in z; a column's corner is column //
     PERIOD % 2. One side at a time, since `tl.gather` shuffles along its axis within a warp: all of a tile's 256 rows at
-    once took 291 shuffles a thread where this takes 48 (sm_90, Triton 3.7.1).
+    once took 291 shuffles per thread where this takes 48 (sm_90, Triton 3.7.1).
     """
     M: tl.constexpr = z.shape[0]
     N: tl.constexpr = z.shape[1]

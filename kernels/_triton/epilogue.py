@@ -19,7 +19,7 @@ PART_COLUMNS = {"statistics": 64, "activation": 64, "batch_norm": 64, "activatio
 
 
 def check_epilogue(epilogue: Epilogue, out: Tensor, images: int) -> None:
-    """Raise ValueError where the epilogue does not fit an output (N, H, W, C), naming the argument."""
+    """Raise ValueError if the epilogue does not fit an output (N, H, W, C), naming the argument."""
     if epilogue.groups < 1 or images % epilogue.groups:
         raise ValueError(f"groups is {epilogue.groups}: it must divide the batch of {images}")
     if epilogue.activation not in ("none", "relu", "leaky_relu", "tanh"):
@@ -40,7 +40,7 @@ def check_epilogue(epilogue: Epilogue, out: Tensor, images: int) -> None:
 
 
 def empty_partials(epilogue: Epilogue, tiles: int, out: Tensor) -> Partials | None:
-    """Workspaces for `tiles` tiles a group, or None where the epilogue leaves nothing to merge."""
+    """Workspaces for `tiles` tiles per group, or None if the epilogue leaves nothing to merge."""
     if not epilogue.sums:
         return None
     values = out.new_empty((2, epilogue.groups, tiles, out.shape[3]), dtype=torch.float32)

@@ -112,7 +112,7 @@ def settle_statistics(
 
 @triton.jit
 def settle_sums(values, dweight, dbias, means, rows, groups, tiles, c, C: tl.constexpr, BT: tl.constexpr):
-    """∂weight = Σg·x̂ and ∂bias = Σg of channels c over all groups, where wanted; Σg/rows and Σg·x̂/rows of each."""
+    """∂weight = Σg·x̂ and ∂bias = Σg of channels c over all groups, if wanted; Σg/rows and Σg·x̂/rows of each."""
     inside = c < C
     bias_total, weight_total = tl.zeros((c.shape[0],), tl.float32), tl.zeros((c.shape[0],), tl.float32)
     for group in range(groups):

@@ -116,12 +116,12 @@ def sum_shares_kernel(
     shares2, out2, size2, count2, shares3, out3, size3, count3, BLOCK: tl.constexpr, BS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """out[i] = Σ_s shares[s,i], of up to four gradients; None for those there are not.
+    """out[i] = Σ_s shares[s,i], of up to four gradients; None for unused slots.
 
     Tile: BLOCK elements of one gradient, all their shares.
-    Bytes: 4·(shares + 1) an element.
+    Bytes: 4·(shares + 1) per element.
     Accumulates in fp32, in the same order every time.
-    Beats atomics by giving the same bits run after run, and a launch a gradient by the others' time between launches.
+    Beats atomics by giving the same bits run after run, and one launch per gradient by fewer gaps between launches.
     """
     after_previous(DEPENDENT)
     block = tl.program_id(0)
@@ -228,7 +228,7 @@ def wgrad(
         high: (N, 2H, 2W, C) of low's dtype: a convolution's input, or a transposed convolution's output gradient. The
             input of either may be `Deferred`, a map before its batch norm and activation.
         precision, config: as for `conv`.
-        out: where the result goes; a new tensor where None.
+        out: where the result goes; None: a new tensor.
         pending: takes what is left to be added up for it, by one `sum_shares` for several gradients; where None, that
             is done here.
 
