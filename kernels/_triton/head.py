@@ -196,8 +196,8 @@ def head(
         state: batch norm's (4, groups, C) float32.
         real: for each group whether its target is 1: (True, False) for [real | fake], (True,) in G's step.
         activation, slope: of the layer before.
-        scale: float32 on the device, whose first element multiplies dlogits (a `loss_scale` of `adam` will do); none
-            where None. Losses and probabilities stay as they are.
+        scale: float32 on the device, whose first element multiplies dlogits (a `loss_scale` of `adam` will do);
+            None: no scale. Losses and probabilities stay as they are.
         ticket: (1,) int32 zero, kept by the caller; None: one that the stream's launches share.
 
     Returns:

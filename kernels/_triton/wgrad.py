@@ -229,8 +229,8 @@ def wgrad(
             input of either may be `Deferred`, a map before its batch norm and activation.
         precision, config: as for `conv`.
         out: where the result goes; None: a new tensor.
-        pending: takes what is left to be added up for it, by one `sum_shares` for several gradients; where None, that
-            is done here.
+        pending: takes what is left to be added up for it, by one `sum_shares` for several gradients; None:
+            that is done here.
 
     Returns:
         (L, 4, 4, C) float32, the packed weight's layout; permuted by (0, 3, 1, 2) it is the parameter's gradient, of
