@@ -1,8 +1,8 @@
-"""Single kernels and ops as pytest-benchmark rows: what runs on this machine, on the GPU where there is one.
+"""Single kernels and ops as pytest-benchmark rows: what runs on this machine, on the GPU if there is one.
 
     pytest bench/bench_ops.py --benchmark-only [-k conv_bn_act]
 
-The rows are those of `bench.ops`, each recipe by itself: verified first, and failed where it is wrong. Without
+The rows are those of `bench.ops`, each recipe by itself: verified first, and failed if it is wrong. Without
 DCGAN_BENCH_FULL=1 a CPU has the public ops at one small batch, a GPU everything at batch 128 in bf16.
 """
 

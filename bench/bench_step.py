@@ -1,10 +1,10 @@
-"""The training step as pytest-benchmark rows: rung × batch × size × width, on the GPU where there is one.
+"""The training step as pytest-benchmark rows: rung × batch × size × width, on the GPU if there is one.
 
     pytest bench/bench_step.py --benchmark-only [-k 256px]
 
-A row is verified against the reference step first and fails where it is wrong. Without DCGAN_BENCH_FULL=1 the rows are
+A row is verified against the reference step first and fails if it is wrong. Without DCGAN_BENCH_FULL=1 the rows are
 few: every rung at one batch or two, and ours over batches, sizes and widths; with it, each rung at each of them.
-`bench.suite` times the rungs beside each other, which is what a ratio needs; these rows stand alone, for watching one
+`bench.suite` times the rungs beside each other, which is what a ratio needs; these rows are for watching one
 machine over time.
 """
 
@@ -86,7 +86,7 @@ def test_step(benchmark, rung: Rung, arch: Arch, images: int) -> None:
 
 
 def measure(benchmark: Any, rung: Rung, arch: Arch, images: int, device: torch.device) -> None:
-    """Verify `rung` at `images` images a step, time it, and put the figures of one step into `extra_info`."""
+    """Verify `rung` at `images` images per step, time it, and put the figures of one step into `extra_info`."""
     expected = oracle_of(arch, images, device)
     with peak_memory(device) as memory:
         runner = ladder.build(rung, arch, expected.start, device, images)

@@ -26,7 +26,7 @@ REPEATED = 64
 
 @dataclass(frozen=True)
 class Measured:
-    """matrix_tflops: 10^12 operations a second by precision (`bf16`, `fp32`, on a GPU `tf32`, and `fp8` where it has
+    """matrix_tflops: 10^12 operations per second by precision (`bf16`, `fp32`, on a GPU `tf32`, and `fp8` where it has
     it). copy_tbps: terabytes a second, read and written. spread: median over shortest time of each; far above 1 the
     machine was busy, and the rate may be low. On a GPU also l2_tbps, a copy within L2; and the time from one small
     kernel to the next, in a CUDA graph (node_us) and as launches (launch_us), and the same where each may begin before
@@ -60,7 +60,7 @@ def measure(
     Args:
         device: to measure.
         rounds: at most. Many short ones, so that some fall where a busy machine leaves the cores alone.
-        side: of the square matrices; copy_bytes: of the copy's source. The device's own where None.
+        side: of the square matrices; copy_bytes: of the copy's source. None: the device's own.
         seconds: about how long all may take.
 
     Raises:
@@ -129,7 +129,7 @@ BETWEEN = {
 def of_a_gpu(
     half: tuple[torch.Tensor, ...], source: torch.Tensor, target: torch.Tensor
 ) -> dict[str, Callable[[], dict[str, Callable[[], object]]]]:
-    """What makes the calls that a GPU alone is timed on, each by itself, since not every GPU can do all of them."""
+    """What makes the calls that only a GPU is timed on, each by itself, since not every GPU can do all of them."""
     inside, outside = source[:L2_BYTES], target[:L2_BYTES]
 
     def fp8() -> dict[str, Callable[[], object]]:

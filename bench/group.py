@@ -35,14 +35,14 @@ class Plan:
     Args:
         arch: whose step.
         device: where.
-        peer_batches, step_batches: images a step in the stages `peers` and `step`.
+        peer_batches, step_batches: images per step in the stages `peers` and `step`.
         rounds: of the timing, at most.
         compile: whether to try the rungs that compile.
-        energy: whether to measure joules an image, a second each: of the example, of ours and of the fastest peer, and
+        energy: whether to measure joules per image, a second each: of the example, of ours and of the fastest peer, and
             in the stage `peers` of the others too while there is time.
         ceiling_sizes: side of the matrices and bytes of the copy, where not the device's own.
         sizes, widths: image sizes and filters at which `step` measures too, beside those of `arch`.
-        ablated: images a step at which `step` turns the fused step's parts off, one at a time.
+        ablated: images per step at which `step` turns the fused step's parts off, one at a time.
         pictures: of the tutorial's run at the end of `step`; 0 for no such run.
     """
 
@@ -92,7 +92,7 @@ class Group:
         return self.other or self.bench.plan.arch
 
     def run(self, rungs: Iterable[Rung], seconds: float) -> list[str]:
-        """Emit a row a rung; returns the names of ours and of the fastest peer, for a later group to stand beside."""
+        """Emit a row per rung; returns the names of ours and of the fastest peer, for a later group to stand beside."""
         try:
             return self.measure(rungs, seconds)
         except Exception as error:  # such as a batch that does not fit: the next one may

@@ -107,8 +107,8 @@ def measure(
     """Verify each recipe of `work` that can run here, and time those that are right beside each other.
 
     Args:
-        measured: the ceilings, for the floor; no floor where None.
-        recipes: only these; all that can run here where None.
+        measured: the ceilings, for the floor; None: no floor.
+        recipes: only these; None: all that can run here.
         rounds, seconds: of the timing, as `bench.timing.interleave`.
     """
     subject = build(work, device)

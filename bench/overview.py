@@ -1,4 +1,4 @@
-"""The suite's short table: a line a row that has a time, the recipes of one op in one line, what failed and why."""
+"""The suite's short table: a line per row that has a time, the recipes of one op in one line, what failed and why."""
 
 from typing import Any
 

@@ -11,7 +11,7 @@ Rows like `conv_bn_act/D3/backward/triton/bf16/b128`, what matters most first:
 
 On a CPU: eager on tiny shapes; with TRITON_INTERPRET=1 Triton's kernels in its interpreter (not bf16, whose `tl.dot` is
 wrong there). A row is written as it comes; a run on the same FILE goes on where the last one stopped, and what stopped
-it is a row that failed. Exit codes: 0; 3 where a row is wrong; 2 for wrong input. Not yet run on a GPU.
+it is a row that failed. Exit codes: 0; 3 if a row is wrong; 2 for wrong input. Not yet run on a GPU.
 """
 
 import json
@@ -35,7 +35,7 @@ from dcgan.flags import Parser
 
 
 class Rows:
-    """Rows of a file, one a line, that a later run on the same file adds to."""
+    """Rows of a file, one per line, that a later run on the same file adds to."""
 
     def __init__(self, path: Path | None):
         self.path = path
@@ -110,7 +110,9 @@ def one(check: Check, scope: Scope, rows: Rows, journal: Journal) -> None:
 def command() -> int:
     parser = Parser(prog="python -m bench.parity", description="Hold every kernel and op to float64 on this device.")
     parser.add_argument("--preset", choices=PRESETS, help="whose step (dcgan64; a tiny network on a CPU)")
-    parser.add_argument("--batch", type=int, action="append", help="images a step; may be repeated (the device's own)")
+    parser.add_argument(
+        "--batch", type=int, action="append", help="images per step; may be repeated (the device's own)"
+    )
     parser.add_argument("--precision", choices=DTYPES, action="append", help="may be repeated (the device's own)")
     parser.add_argument("--minutes", type=float, default=20.0, help="time to stay within (20)")
     parser.add_argument("--only", default="", help="a regular expression that a row's name must match")
@@ -123,7 +125,7 @@ def command() -> int:
     try:
         pattern = re.compile(args.only)
     except re.error as error:
-        raise InputError(f"--only {args.only}: no regular expression ({error})") from error
+        raise InputError(f"--only {args.only}: not a regular expression ({error})") from error
     scope = scope_of(
         torch.device("cuda" if torch.cuda.is_available() else "cpu"), args.preset, args.batch, args.precision
     )

@@ -4,7 +4,7 @@
                             [--steps 3] [--tflops T --tbps B] [--out trace.json] [--counters]
 
 The fused step's layers are marked from outside, by ranges around each stage's calls, so nothing in the step knows of
-it; the other steps have the table by operation alone. On a CPU a range's time is the wall clock's, on a GPU that of the
+it; the other steps have only the table by operation. On a CPU a range's time is the wall clock's, on a GPU that of the
 kernels launched in it; that part has not run on a GPU yet. The floors are those of `bench.roofline` at
 this machine's ceilings, measured first unless given. `--out` writes a trace for chrome://tracing or ui.perfetto.dev.
 On a GPU a trace of the captured step gives its nodes, gaps and waits, and `--counters` asks Nsight Compute (`ncu`) what
@@ -46,7 +46,7 @@ class Profile:
     """Figures of one step, averaged.
 
     step_ms: from the profiler's own clock, its overhead included: a timing is `bench.suite`'s matter.
-    layers: rows `name`, `ms`, `floor_ms` (None where the roofline has no such kernel), the slowest first.
+    layers: rows `name`, `ms`, `floor_ms` (None if the roofline has no such kernel), the slowest first.
     operations: rows `name`, `calls` a step, `ms` of its own, the slowest first.
     """
 
@@ -225,8 +225,8 @@ def text(found: Profile, operations: int = 25) -> str:
 def command() -> int:
     parser = Parser(prog="python -m bench.profile", description="Where a training step's time goes.")
     parser.add_argument("--preset", choices=PRESETS, default="dcgan64")
-    parser.add_argument("--batch-size", type=int, help="images a step (the preset's)")
-    parser.add_argument("--step", choices=RUNGS, default="fused", help="whose step (fused)")
+    parser.add_argument("--batch-size", type=int, help="images per step (the preset's)")
+    parser.add_argument("--step", choices=RUNGS, default="fused", help="the step to profile (fused)")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="bf16 where fast (auto)")
     parser.add_argument("--steps", type=int, default=3, help="steps to average over (3)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")

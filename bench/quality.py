@@ -5,9 +5,9 @@
 
 Trains both from the command line, `DIR/fused-bf16-seed0`, `DIR/eager-fp32-seed0`, …, and compares what each generator
 makes of the same noise with real pictures by a quarter, a half and all of the steps: the mean over a run's last five
-checkpoints there, a hundredth of the steps apart. A run that is there is not repeated, one that was cut off goes on.
+checkpoints there, a hundredth of the steps apart. A finished run is not repeated; an interrupted one continues.
 `DIR/rows.jsonl`, `env.json` and `README.md` are a record; docs/quality.md says how to read it. Exit codes: 0; 2 for
-wrong input; 3 where fused is worse than the seeds' spread allows, or a run failed.
+wrong input; 3 if fused is worse than the seeds' spread allows, or a run failed.
 """
 
 import json
@@ -156,7 +156,7 @@ def study_of(args) -> Study:
     if not 1 <= args.seeds <= max(T_975):
         raise InputError(f"--seeds {args.seeds}: accepted are 1 to {max(T_975)}")
     if args.steps < 4:
-        raise InputError(f"--steps {args.steps}: at least 4, for a quarter is compared too")
+        raise InputError(f"--steps {args.steps}: at least 4: runs are also compared at a quarter")
     if args.minutes is not None and not args.minutes > 0:
         raise InputError(f"--minutes {args.minutes:g}: it must be positive")
     device = choose_device(args.device)
@@ -212,16 +212,16 @@ def command() -> int:
     parser = Parser(
         prog="python -m bench.quality", description="Compare samples of fused bf16 and eager fp32 training."
     )
-    parser.add_argument("--data", default="digits", metavar="SPEC", help="as dcgan.train's (digits)")
+    parser.add_argument("--data", default="digits", metavar="SPEC", help="as in dcgan.train (digits)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs; those that are there are kept")
-    parser.add_argument("--steps", type=positive, default=20_000, help="of each run (20000)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each, 1 to 10 (3)")
-    parser.add_argument("--minutes", type=float, help="stop training after so many; the same command goes on")
+    parser.add_argument("--steps", type=positive, default=20_000, help="steps per run (20000)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs per method, 1 to 10 (3)")
+    parser.add_argument("--minutes", type=float, help="stop training after this many; the same command continues")
     parser.add_argument("--preset", choices=PRESETS, help="default: dcgan64 on a GPU, small32 on a CPU")
     parser.add_argument("--image-size", type=positive, metavar="S", help="16, 28, 32, 64, 128 or 256")
     parser.add_argument("--batch-size", type=positive, metavar="B")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
-    parser.add_argument("--commit", help="of a tree without git's data")
+    parser.add_argument("--commit", help="commit of a tree without git data")
     args = parser.parse_args()
     study, rows = study_of(args), []
     study.out.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""Records: what was measured, on what, from which sources. Append-only, a folder each.
+"""Records: what was measured, on what, from which sources. Append-only, one folder each.
 
-`bench/results/<machine>/<date>_<slug>/` holds `rows.jsonl` (a line a measurement: at least `suite`, `name`, `ok`, and
+`bench/results/<machine>/<date>_<slug>/` holds `rows.jsonl` (a line per measurement: at least `suite`, `name`, `ok`, and
 figures with their units in their names), `env.json`, `README.md`, and `summary.json` where the step was measured.
 """
 
@@ -66,7 +66,7 @@ def environment(commit: str | None = None) -> dict:
     """Where and from what a measurement comes.
 
     Args:
-        commit: for a copy of the tree without git's data; asked of git where None.
+        commit: for a copy of the tree without git data; None: git is asked.
     """
     changes = _git("status", "--porcelain")
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
@@ -103,7 +103,7 @@ def write(folder: Path, rows: list[dict], readme: str, commit: str | None = None
     """Write a record into `folder`, which must not hold one already."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "rows.jsonl").exists():
-        raise FileExistsError(f"{folder} holds a record already: records are append-only, take another folder")
+        raise FileExistsError(f"{folder} already holds a record: records are append-only, take another folder")
     (folder / "env.json").write_text(json.dumps(environment(commit), indent=1) + "\n")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "README.md").write_text(readme)

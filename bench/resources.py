@@ -61,7 +61,7 @@ class Resources:
 
     registers: of a thread. spills: bytes of local memory a thread. shared_bytes: of a program.
     matrix, tma: how often its PTX names the architecture's tensor-core instruction and a TMA load.
-    early: what its PTX does to memory before it has waited for the launch before; None where it need not wait.
+    early: what its PTX does to memory before it has waited for the launch before; None if it need not wait.
     """
 
     registers: int
@@ -130,7 +130,7 @@ def faults(case: Case, found: Resources, arch: int) -> list[str]:
     """What is wrong with a compiled kernel; nothing where it may ship."""
     wrong = []
     if found.spills:
-        wrong.append(f"spills {found.spills} bytes a thread to local memory")
+        wrong.append(f"spills {found.spills} bytes per thread to local memory")
     if found.shared_bytes > SHARED_LIMIT_BYTES[arch]:
         wrong.append(f"takes {found.shared_bytes} bytes of shared memory, of {SHARED_LIMIT_BYTES[arch]} there are")
     if found.early:
@@ -160,17 +160,17 @@ def main() -> int:
     )
     parser.add_argument("--arch", choices=ARCHES, default="sm_90")
     parser.add_argument("--preset", choices=PRESETS, default="dcgan64")
-    parser.add_argument("--batch", type=int, action="append", help="images a step; may be repeated (128 and 1024)")
+    parser.add_argument("--batch", type=int, action="append", help="images per step; may be repeated (128 and 1024)")
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
     parser.add_argument("--only", default="", help="a regular expression that the row's name must match")
-    parser.add_argument("--dependent", action="store_true", help="as they are compiled for dependent launch")
+    parser.add_argument("--dependent", action="store_true", help="compiled for dependent launch")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument("--cuda", action="store_true", help="the kernels of csrc/ instead, which nvcc compiles")
     args = parser.parse_args()
     try:
         re.compile(args.only)
     except re.error as error:
-        raise InputError(f"--only {args.only}: no regular expression ({error})") from error
+        raise InputError(f"--only {args.only}: not a regular expression ({error})") from error
     if args.batch and min(args.batch) < 1:
         raise InputError(f"--batch {min(args.batch)}: it must be at least 1")
     if args.cuda:

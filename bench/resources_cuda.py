@@ -10,7 +10,7 @@ machine code. Fails on
 - a 16-bit product that is not on the tensor cores, and on sm_90 a `_sm90` kernel without wgmma or without TMA, or whose
   wgmma the assembler put one after another.
 
-Exit codes: 0; 1 on a fault; 2 where there is no nvcc.
+Exit codes: 0; 1 on a fault; 2 if there is no nvcc.
 """
 
 import json
@@ -42,7 +42,7 @@ class Kernel:
 
     source: its file's name. name: as in the source, with its template arguments. registers: of a thread.
     spills: bytes of local memory a thread. shared_bytes: static, of a block.
-    matrix, wgmma, tma: instructions of its machine code; None where that could not be read.
+    matrix, wgmma, tma: instructions of its machine code; None if that could not be read.
     early: what its machine code does to memory before it has waited for the launch before; None as for the others.
     serialized: whether the assembler says that it makes each wgmma wait for the one before.
     """
@@ -67,7 +67,7 @@ def find_nvcc() -> str | None:
 
 
 def target(arch: str) -> str:
-    """nvcc's flag for one architecture: sm_90 with the instructions that are its alone."""
+    """nvcc's flag for one architecture: sm_90 with the instructions that only it has."""
     number = arch.removeprefix("sm_")
     number = "90a" if number == "90" else number
     return f"-gencode=arch=compute_{number},code=sm_{number}"
@@ -162,7 +162,7 @@ def faults(kernel: Kernel, arch: str) -> list[str]:
     """What is wrong with a compiled kernel; nothing where it may ship."""
     wrong = []
     if kernel.spills:
-        wrong.append(f"spills {kernel.spills} bytes a thread to local memory")
+        wrong.append(f"spills {kernel.spills} bytes per thread to local memory")
     if kernel.shared_bytes > STATIC_LIMIT_BYTES:
         wrong.append(f"takes {kernel.shared_bytes} bytes of static shared memory, of {STATIC_LIMIT_BYTES} there are")
     product = re.match(r"(image|conv)_", kernel.name) and re.search(r"<(bf16|fp16)\b", kernel.name)
@@ -181,7 +181,7 @@ def faults(kernel: Kernel, arch: str) -> list[str]:
 
 
 def report(arch: str, only: str = "", as_json: bool = False) -> int:
-    """Compile everything for `arch` and print a line a kernel; the exit code."""
+    """Compile everything for `arch` and print a line per kernel; the exit code."""
     nvcc = find_nvcc()
     if nvcc is None:
         print("nvcc was not found in CUDA_HOME, PATH or /usr/local/cuda: install the CUDA toolkit", file=sys.stderr)

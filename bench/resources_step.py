@@ -34,7 +34,7 @@ def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _maps(layer: Layer, images: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A layer's input, output and packed weight (low, 4, 4, high), as shapes alone."""
+    """A layer's input, output and packed weight (low, 4, 4, high), only as shapes."""
     x = _meta(images, layer.in_size, layer.in_size, layer.in_channels, dtype=dtype)
     y = _meta(images, layer.out_size, layer.out_size, layer.out_channels, dtype=dtype)
     out, into, r, s = layer.weight_shape

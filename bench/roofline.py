@@ -11,7 +11,7 @@ and writes, in 2-byte elements unless said otherwise:
               the gradient written; what the previous layer kept (its activation's derivative and its two sums)
     wgrad     gradient; own raw output where it has batch norm; input; the weight's gradient in 4-byte floats
     head      forward reads D's last features; backward reads them again for the weight and writes their gradient
-    Adam      p, m, v read and written and the gradient read in 4-byte floats, a 2-byte copy written: 30 a parameter
+    Adam      p, m, v read and written and the gradient read in 4-byte floats, a 2-byte copy written: 30 per parameter
 
 Real and fake go through D in one pass of twice the batch, and D is frozen in G's step: no weight gradients there.
 
@@ -28,10 +28,10 @@ from dcgan.arch import PRESETS, Arch
 from kernels.geometry import Direction, Layer
 
 H200_TFLOPS = 790.0
-"""bf16 matrix products on one H200, 10^12 operations a second: as measured there with large GEMMs (design notes)."""
+"""bf16 matrix products on one H200, 10^12 operations per second: as measured there with large GEMMs (design notes)."""
 
 H200_TBPS = 4.3
-"""Device-to-device copy on one H200, 10^12 bytes a second, read and written counted both (design notes)."""
+"""Device-to-device copy on one H200, 10^12 bytes per second, read and written counted both (design notes)."""
 
 HALF, SINGLE = 2, 4
 ADAM_BYTES = 7 * SINGLE + HALF
@@ -139,7 +139,7 @@ class Floor:
 
 
 def floor(kernels: list[Kernel], ceilings: Ceilings | None = None) -> Floor:
-    """Sum the kernels at `ceilings` (one H200's where None)."""
+    """Sum the kernels at `ceilings` (None: one H200's)."""
     ceilings = ceilings or Ceilings()
     return Floor(
         len(kernels),
@@ -151,7 +151,7 @@ def floor(kernels: list[Kernel], ceilings: Ceilings | None = None) -> Floor:
 
 
 def table(kernels: list[Kernel], ceilings: Ceilings) -> str:
-    """The table as text: a line a kernel, a sum a section, the step at the end."""
+    """The table as text: a line per kernel, a sum per section, the step at the end."""
     lines = [f"{'kernel':24s} {'M×N×K':>20s} {'GF':>9s} {'MB':>8s} {'µs':>8s}  bound"]
 
     def line(name: str, view: str, part: list[Kernel], bound: str) -> None:
@@ -175,7 +175,7 @@ def table(kernels: list[Kernel], ceilings: Ceilings) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="The floor of a training step, kernel by kernel.")
     parser.add_argument("--preset", choices=PRESETS, default="dcgan64")
-    parser.add_argument("--batch", type=int, default=128, help="images of one class a step (128)")
+    parser.add_argument("--batch", type=int, default=128, help="images of one class per step (128)")
     parser.add_argument("--tflops", type=float, default=H200_TFLOPS, help="matrix rate, TFLOP/s (one H200's: 790)")
     parser.add_argument("--tbps", type=float, default=H200_TBPS, help="memory bandwidth, TB/s (one H200's: 4.3)")
     parser.add_argument("--json", action="store_true", help="print the kernels and their sum as JSON")

@@ -5,9 +5,10 @@
 
 Each case of `bench.sanitizer.cases` runs in a process of its own under each of the four tools, every tensor in an
 allocation of its own. First a planted bug shows that a tool finds what it is for (synccheck has none: a barrier that
-some threads skip may never return). What there is no time for is named, and counts as not run. Not yet run on a GPU.
+some threads skip may never return). Cases for which there is no time are named, and count as not run. Not yet run on a
+GPU.
 
-Exit codes: 0; 2 for wrong input, where there is no GPU, or no compute-sanitizer; 3 where something was found.
+Exit codes: 0; 2 for wrong input, or without a GPU or compute-sanitizer; 3 if something was found.
 """
 
 import os
@@ -59,7 +60,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Verdict:
-    """ok: True, False, or None where the tool itself did not run; why: the first things it said; None where clean."""
+    """ok: True, False, or None if the tool itself did not run; why: the first things it said; None if clean."""
 
     ok: bool | None
     why: str | None
@@ -73,7 +74,7 @@ def find_tool() -> str | None:
 
 
 def missing() -> str | None:
-    """Why nothing can be run here; None where it can."""
+    """Why nothing can be run here; None if it can."""
     if not torch.cuda.is_available():
         return "compute-sanitizer needs a GPU, and torch sees none"
     if find_tool() is None:
@@ -117,7 +118,7 @@ def findings(text: str) -> list[str]:
 
 
 def summary(text: str) -> int | None:
-    """How many errors and hazards the tool counted in all; None where it wrote no summary, so never got there."""
+    """How many errors and hazards the tool counted in all; None if it wrote no summary, so never got there."""
     counts = re.findall(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)", text)
     return sum(int(errors or hazards) for errors, hazards in counts) if counts else None
 
@@ -201,7 +202,7 @@ def main() -> int:
     try:
         re.compile(args.only)
     except re.error as error:
-        raise InputError(f"--only {args.only}: no regular expression ({error})") from None
+        raise InputError(f"--only {args.only}: not a regular expression ({error})") from None
     if not any(re.search(args.only, name) for name in names()):
         raise InputError(f"--only {args.only}: no case has such a name; there are {', '.join(names())}")
     if not args.minutes > 0:

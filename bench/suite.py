@@ -1,4 +1,4 @@
-"""Everything that can be measured of the step on this machine, in one command that plans itself into the time given.
+"""Everything that can be measured of the step on this machine, in one command that plans itself for the time given.
 
     python -m bench.suite --out DIR [--quick] [--only parity,ceilings,peers,…] [--minutes N] [--commit SHA]
                           [--preset dcgan64] [--batch N --batch M] [--compile]
@@ -7,7 +7,7 @@ Rows are appended to `DIR/rows.jsonl` one by one, so what was measured survives 
 `suite`, `name`, `ok` (true, false, or null where nothing was measured), `why`, and figures with their units in their
 names; fractions are 0 to 1. Beside it: `env.json`, `summary.json`, `README.md`; of the stage `parity` `parity.jsonl`,
 of `profile` `profile.txt` and `trace.json`, of `tune`, which runs where `--only` names it, `tuned.json`. Exit codes: 0;
-2 for wrong input; 3 where something of ours was wrong; 128 + n by a signal.
+2 for wrong input; 3 if something of ours was wrong; 128 + n by a signal.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def file_hashes(root: Path = record.ROOT) -> dict[str, str]:
 
 
 def newest(results: Path) -> tuple[Path, dict] | None:
-    """The newest record of a step on this machine under `results`, and its environment; None where there is none."""
+    """The newest record of a step on this machine under `results`, and its environment; None if there is none."""
     found = []
     for path in sorted((results / record.machine()).glob("*/env.json")):
         if not (path.parent / "summary.json").exists():
@@ -206,19 +206,21 @@ def plan_of(args: argparse.Namespace) -> Plan:
 
 def command() -> int:
     parser = Parser(prog="python -m bench.suite", description="Measure the training step on this machine.")
-    parser.add_argument("--out", type=Path, required=True, help="a folder without a record; made where missing")
+    parser.add_argument("--out", type=Path, required=True, help="a folder without a record; made if missing")
     parser.add_argument("--quick", action="store_true", help=f"fewer rounds and batches, {MINUTES[True]} minutes")
     parser.add_argument("--only", help=f"some of {','.join(STAGES)} (all but {','.join(BY_NAME)})")
-    parser.add_argument("--minutes", type=float, help=f"time to plan into ({MINUTES[False]:g})")
-    parser.add_argument("--commit", help="of a tree without git's data")
+    parser.add_argument("--minutes", type=float, help=f"time to plan for ({MINUTES[False]:g})")
+    parser.add_argument("--commit", help="commit of a tree without git data")
     parser.add_argument("--preset", choices=PRESETS, default="dcgan64")
-    parser.add_argument("--batch", type=int, action="append", help="images a step; may be repeated (the device's own)")
-    parser.add_argument("--compile", action="store_true", help="the rungs that compile, on a CPU too")
+    parser.add_argument(
+        "--batch", type=int, action="append", help="images per step; may be repeated (the device's own)"
+    )
+    parser.add_argument("--compile", action="store_true", help="include the rungs that compile, on a CPU too")
     args = parser.parse_args()
     only = args.only.split(",") if args.only is not None else [name for name in STAGES if name not in BY_NAME]
     for name in only:
         if name not in STAGES:
-            raise InputError(f"--only {args.only}: {name!r} is no stage; accepted are {', '.join(STAGES)}")
+            raise InputError(f"--only {args.only}: {name!r} is not a stage; accepted are {', '.join(STAGES)}")
     minutes = MINUTES[args.quick] if args.minutes is None else args.minutes
     if not 0 < minutes < math.inf:
         raise InputError(f"--minutes {minutes:g}: it must be positive, and finite")
@@ -227,7 +229,7 @@ def command() -> int:
     if args.out.exists() and not args.out.is_dir():
         raise InputError(f"--out {args.out}: it is a file; give a folder")
     if (args.out / "rows.jsonl").exists():
-        raise InputError(f"--out {args.out}: it holds a record already; records are append-only, give another folder")
+        raise InputError(f"--out {args.out}: it already holds a record; records are append-only, give another folder")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out).close()

@@ -1,7 +1,7 @@
 """What a GPU says of itself while it is measured: clocks, power, temperature, what holds its clocks back, energy.
 
 Through NVML (`pynvml`). Where there is no GPU, no library, or no permission, a field is None and a reason stands beside
-it, so that a record never reads as if something had been looked at that was not.
+it, so that a record never claims a reading that was not made.
 """
 
 import math

@@ -4,7 +4,7 @@ A round calls each once (fast ones several times, between two clock readings), i
 round. What is compared is the ratio within a round; its median over the rounds is the figure, its spread stands beside
 it. Where two halves of the rounds disagree, or the spread is so wide that another run might, the machine was too noisy.
 
-On a GPU the clock is a pair of CUDA events around the calls and one wait a measurement, so launches run ahead as they
+On a GPU the clock is a pair of CUDA events around the calls and one wait per measurement, so launches run ahead as they
 do in training; on a CPU it is `time.perf_counter`.
 """
 
@@ -67,7 +67,7 @@ class Ratio:
 
     @property
     def noisy(self) -> bool | None:
-        """Whether the machine was too noisy to believe the median; None where there were too few rounds to tell."""
+        """Whether the machine was too noisy to believe the median; None if there were too few rounds to tell."""
         return None if self.disagreement is None else max(self.disagreement, self.repeats_within) > NOISE
 
 
@@ -75,7 +75,7 @@ class Ratio:
 class Timed:
     """What `interleave` measured.
 
-    samples_ms: milliseconds of one call, a value a round, by name.
+    samples_ms: milliseconds of one call, a value per round, by name.
     calls: how many calls a measurement averaged, by name.
     """
 

@@ -1,4 +1,4 @@
-"""What a profiler's trace says of a GPU between its kernels: how many a step has, the gaps, who made the host wait.
+"""What a profiler's trace says of a GPU between its kernels: how many per step, the gaps, who made the host wait.
 
 And what Nsight Compute's counters say of each kernel, where `ncu` is installed and the driver lets it read them.
 Neither has run on a GPU yet; both read text, which the tests have.

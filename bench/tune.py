@@ -7,7 +7,7 @@ For each kernel × shape of a training step: the tiles of `bench.tuning.candidat
 spills or does not fit is left out; each of the others runs once with every epilogue that the step gives this shape, and
 is held against float64 on the device; what is right is timed, the best few once more beside the library's product with
 our kernels around it, and the fastest is written. On those tiles then, for each layer whose input has a batch norm,
-whether its forward pass and weight gradient had better apply it as they load the map (`inputs/…`); whether the captured
+whether its forward pass and weight gradient should apply it as they load the map (`inputs/…`); whether the captured
 step is faster with kernels that may begin before the one before them has ended (`launch/…`); and each public op,
 forward and backward, by each recipe as a whole.
 
@@ -213,7 +213,7 @@ def fastest_first(times: dict[str, float]) -> str:
 def dry_run(
     wanted: list[Shape], maps: list[Read], ops: list[Entry], whole: list[Steps], capability: int, each: bool
 ) -> list[str]:  # fmt: skip
-    """What a search would try, a line a shape, an input, an op, a step; with `each`, a line a tile too."""
+    """What a search would try, a line per shape, input, op and step; with `each`, also one per tile."""
     from bench.tuning.candidates import candidates
 
     lines, total = [], 0
@@ -224,7 +224,7 @@ def dry_run(
         lines.append(f"{shape.name}: {len(tiles)} tiles{uses and f', for {uses}'}")
         lines += [f"  {tile}" for tile in tiles] if each else []
     for read in maps:
-        what = "forward and weight gradient" if read.weights else "forward alone"
+        what = "forward and weight gradient" if read.weights else "forward only"
         lines.append(f"{read.name}: {' or '.join(tuning.INPUTS)}, {what}")
     lines += [f"{entry.name}: as a whole" for entry in ops]
     lines += [f"{steps.name}: {' or '.join(tuning.LAUNCHES)}" for steps in whole]
@@ -235,7 +235,7 @@ def dry_run(
 def command() -> int:
     parser = Parser(prog="python -m bench.tune", description="Search this GPU's tuned table.")
     parser.add_argument("--preset", choices=PRESETS, default="dcgan64")
-    parser.add_argument("--batch", type=int, action="append", help="images a step; may be repeated (128 and 1024)")
+    parser.add_argument("--batch", type=int, action="append", help="images per step; may be repeated (128 and 1024)")
     parser.add_argument("--precision", choices=("bf16", "fp16", "tf32", "fp32"), default="bf16")
     parser.add_argument("--minutes", type=float, default=20.0, help="time to stay within (20)")
     parser.add_argument("--out", type=Path, help="the table (kernels/tuned/<device>.json)")
@@ -243,7 +243,9 @@ def command() -> int:
     parser.add_argument(
         "--only", default="", help="a regular expression that a shape's, input's, op's or step's name must match"
     )
-    parser.add_argument("--again", action="store_true", help="also what these kernel sources were measured for")
+    parser.add_argument(
+        "--again", action="store_true", help="measure again what these kernel sources were measured for"
+    )
     parser.add_argument("--dry-run", action="store_true", help="name the candidates; --only names their tiles too")
     args = parser.parse_args()
     batches = args.batch or [128, 1024]
@@ -252,7 +254,7 @@ def command() -> int:
     try:
         pattern = re.compile(args.only)
     except re.error as error:
-        raise InputError(f"--only {args.only}: no regular expression ({error})") from error
+        raise InputError(f"--only {args.only}: not a regular expression ({error})") from error
     arch = PRESETS[args.preset].arch
     plan = [
         [work for work in all_of(arch, batches, args.precision) if pattern.search(work.name)]

@@ -33,7 +33,7 @@ class Oracle:
     """What the reference step makes of `data` in fp32 without TF32, from the weights `start`.
 
     metrics: (steps, 5). moments: Adam's first moments of both networks after the first step. ends: both state dicts
-    after the last. step_s: seconds that the quickest step took, for planning alone.
+    after the last. step_s: seconds that the quickest step took, only for planning.
     """
 
     start: tuple[dict[str, Tensor], dict[str, Tensor]]
@@ -121,7 +121,7 @@ def relative(wrong: Tensor, size: Tensor) -> float:
 
 
 def verdict(found: dict[str, float], precision: str) -> str | None:
-    """Why the differences are too large for `precision`; None where they are not. NaN is too large."""
+    """Why the differences are too large for `precision`; None if they are not. NaN is too large."""
     allowed = TOLERANCE[precision] | {"counts": 0.0}
     wrong = [f"{kind} {found[kind]:.3g} > {most:g}" for kind, most in allowed.items() if not found[kind] <= most]
     return f"wrong against the reference step: {', '.join(wrong)}" if wrong else None

@@ -70,9 +70,9 @@ __device__ __forceinline__ void move_scale(float* scale, bool sound, const Const
 
 // flags[1] ← 1 where any gradient is infinite or NaN.
 // Tile: ADAM_BLOCK elements of one tensor.
-// Bytes: 4 an element.
-// Compares alone.
-// Beats a pass a tensor and a question from the host; only a float16 step, whose gradients are scaled, pays for it.
+// Bytes: 4 per element.
+// Only compares.
+// Beats a pass per tensor and a read-back by the host; only a float16 step, whose gradients are scaled, pays for it.
 __global__ void __launch_bounds__(THREADS) overflow(const int64_t* table, const int64_t* blocks, int32_t* flags) {
   after_previous();
   const auto a = part<__half>(table, blocks);
@@ -85,9 +85,9 @@ __global__ void __launch_bounds__(THREADS) overflow(const int64_t* table, const 
 
 // m ← β1·m + (1−β1)·g; v ← β2·v + (1−β2)·g²; p ← p − lr/(1−β1ᵗ) · m / (√v/√(1−β2ᵗ) + ε); copy ← p in 16 bits.
 // Tile: ADAM_BLOCK elements of one tensor. The last block to finish counts the step, and moves the loss scale.
-// Bytes: 30 an element: p, m, v read and written, g read, the copy written.
+// Bytes: 30 per element: p, m, v read and written, g read, the copy written.
 // Computes in fp32; 1 − βᵗ as −expm1(t·log β), which loses nothing at small t.
-// Beats a launch a tensor, and the cast of every weight that would follow.
+// Beats one launch per tensor, and the cast of every weight that would follow.
 template <class T>
 __global__ void __launch_bounds__(THREADS, 4) adam_kernel(
     const int64_t* table, const int64_t* blocks, void* step, int32_t* flags, float* loss_scale, Constants k) {

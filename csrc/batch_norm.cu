@@ -10,11 +10,11 @@
 
 namespace {
 
-// The memory plan: UNROLL loads a thread and registers for at least BLOCKS blocks an SM, so that each SM has 32 KB on
+// The memory plan: UNROLL loads per thread and registers for at least BLOCKS blocks per SM, so that each SM has 32 KB on
 // their way, and enough blocks to hide that a block ends.
 constexpr int UNROLL = 4, BLOCKS = 2;
 static_assert(BLOCKS * THREADS * UNROLL * VECTOR_BYTES >= 32 << 10, "bytes in flight");
-static_assert(BLOCKS * THREADS * 128 <= 64 << 10, "registers: 128 a thread at most");
+static_assert(BLOCKS * THREADS * 128 <= 64 << 10, "registers: 128 per thread at most");
 
 constexpr int COLUMNS = 32;       // threads across the channels, at most: 512 bytes of a row
 constexpr int MERGE_COLUMNS = 8;  // channels of a merging block: a sector of 32 bytes; 32 tiles at a time
@@ -121,8 +121,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) statistics(const T* y, float*
 }
 
 // mean, rstd, scale and shift of each group from its tiles; running ← (1 − momentum)·running + momentum·new.
-// Tile: MERGE_COLUMNS channels, all groups in turn, since the running statistics move once a group, in order.
-// Bytes: 8 a tile and channel, out of L2 as they were just written.
+// Tile: MERGE_COLUMNS channels, all groups in turn, since the running statistics move once per group, in order.
+// Bytes: 8 per tile and channel, out of L2 as they were just written.
 // Accumulates in fp32 by Chan's formula: each line its tiles in order, then over the lines.
 // Beats the library by reading the partials and not the tensor, which is hundreds of times larger.
 __global__ void __launch_bounds__(THREADS, BLOCKS) merge_statistics(
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) merge_statistics(
 
 // out = activation(scale·y + shift), by channel and group.
 // Tile: tile_rows pixels by columns · N channels of one group.
-// Bytes: y and out once, 16-byte vectors; scale and shift once a thread.
+// Bytes: y and out once, 16-byte vectors; scale and shift once per thread.
 // Computes in fp32, rounded once.
 // Beats the library's three kernels (statistics, apply, activation) by being the one that is left.
 template <class T, int N>
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) activation_grad(
 
 // ∂weight = Σg·x̂ and ∂bias = Σg over all groups; Σg/n and Σg·x̂/n of each.
 // Tile: MERGE_COLUMNS channels, all groups in turn.
-// Bytes: 8 a tile and channel, out of L2.
+// Bytes: 8 per tile and channel, out of L2.
 // Accumulates in fp32: each line its tiles in order, then over the lines.
 // Beats a second pass over the tensors, as merge_statistics does.
 __global__ void __launch_bounds__(THREADS) merge_sums(

@@ -4,7 +4,7 @@
 //   const T*   Tensor          T*   Tensor(a!), written           Maybe<T>   the same, may be None
 //   int64_t    int             double   float                     Stream (first)         torch's current stream
 // and last comes `bool dependent=False`, whether it is a dependent launch.
-// Ops check devices and density alone: shapes, dtypes and alignment are checked by kernels/_cuda, their only caller.
+// Ops check only devices and density: shapes, dtypes and alignment are checked by kernels/_cuda, their only caller.
 #include <dlfcn.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>

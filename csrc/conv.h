@@ -14,7 +14,7 @@
 // With tickets (conv_merge.h), the tiles' sums are merged before the launch ends, to `merged`:
 //   statistics: the batch norm's state (4, groups, out), of its weight and bias; running statistics and tracked move
 //   gradients:  means of g and g·x̂ (2, groups, out); dweight and dbias, where given
-// _sm90 runs on capability 9.0 alone, _sm80 from 8.0 on.
+// _sm90 runs only on capability 9.0, _sm80 from 8.0 on.
 #pragma once
 
 #include "common.h"

@@ -1,8 +1,18 @@
-// The batch norm behind a convolution, settled by the last blocks of its launch: no launch more.
+// The batch norm behind a convolution, settled by the last blocks of its launch: no extra launch.
 //
 // Two rounds: of every TOGETHER tiles of a group the last block to finish merges their partials, while others still
 // multiply; of these the last one merges what the rounds left and settles the batch norm. Which block is last is left
 // to chance; what it does, and in which order, is not: the same bits each run.
+//
+// An example: 2 groups (real | fake) of 256 tiles each, 256 channels in tiles of 128 columns: 2·256·2 blocks, and 8
+// rounds per group. Each column tile merges its own channels: one thread per channel, row after row.
+//
+//     tiles         out.values (2, 2, 256, 256), out.counts (2, 256)   by every block
+//     first round   rounds (2, 2, 8, 256), round_counts (2, 8)         by the last of each 32 blocks: 2·(2·8) of them
+//     second round  merged (4, 2, 256), or (2, 2, 256) of a gradient   by the last of each column tile's 2·8: 2 of them
+//
+// tickets has column tiles · (1 + groups · rounds) counters, here 2·(1 + 2·8) = 34: first the second round's, one per
+// column tile, then the first's, one per column tile, group and round. All are zero again afterwards.
 #pragma once
 
 #include "conv_tile.h"
@@ -40,7 +50,7 @@ struct Sums {
 template <class T, int COLUMNS, int THREADS>
 __device__ __forceinline__ void merge_tiles(
     const ConvShape& s, const ConvTile& tile, const ConvOutput<T>& out, const ConvMerge& m, int* flag) {
-  static_assert(COLUMNS <= THREADS, "a thread a channel");
+  static_assert(COLUMNS <= THREADS, "one thread per channel");
   const bool statistics = !out.state;
   const int tiles = s.boxes() * s.phases, rounds = (tiles + TOGETHER - 1) / TOGETHER, round = tile.index / TOGETHER;
   const int wide = (s.out + COLUMNS - 1) / COLUMNS, of = tile.column / COLUMNS, place = tile.group * rounds + round;

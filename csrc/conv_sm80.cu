@@ -63,7 +63,7 @@ struct Pixels {
 // The products of conv_sm90.cu, where their formulas stand.
 //
 // Tile: a box of 128 low pixels (of one phase) by COLUMNS channels; 16 (4) taps of the input's channels, 64 at a time.
-// Bytes: x, w and y once from memory; from L2 x 4·⌈out/COLUMNS⌉ (16·) times, and w once a row of tiles.
+// Bytes: x, w and y once from memory; from L2 x 4·⌈out/COLUMNS⌉ (16·) times, and w once per row of tiles.
 // Accumulates in fp32, in registers, which the statistics see before it is rounded.
 // Beats the library by what does not follow: statistics and activation cost no pass over memory.
 template <class T, int COLUMNS, bool TRANSPOSED>

@@ -57,7 +57,7 @@ struct Arguments {
 //     tiles (and 4 phases) where tap by tap it were four times that; w once for each cluster of boxes.
 // Accumulates in fp32, in registers, which the statistics see before it is rounded.
 // Beats the library by what does not follow, and by what L2 need not give: of 128×128 tiles it is bound by L2 otherwise
-//     (docs/cuda_convolution.md). Two blocks an SM where there are as many, so that one multiplies while another stores.
+//     (docs/cuda_convolution.md). Two blocks per SM where there are as many, so that one multiplies while another stores.
 template <class T, int COLUMNS, bool TRANSPOSED>
 __global__ void __launch_bounds__(THREADS, Plan<COLUMNS>::BLOCKS)
     conv_sm90_kernel(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, Arguments<T> a) {
@@ -132,6 +132,25 @@ __global__ void __launch_bounds__(THREADS, Plan<COLUMNS>::BLOCKS)
     const int r = pixel_of_row(s, m * 64 + warp * 16 + lane % 16), h = r >> s.log_width & (high - 2);
     rows[m] = (((r >> (s.log_width + s.log_height)) * high + h) * wide + (r & (wide - 2))) * ROW_BYTES;
   }
+  // The pipeline. A step is one tap of a plane, in two halves a and b of 32 channels, a group of wgmma each. With 4
+  // stages, after the loads above (planes 0 and 1, weights of steps 0 to 3):
+  //
+  //     step   plane,  waits for    in flight when   then freed   then refilled by thread 0:
+  //            tap     weights of   a has begun      by warps     stage ← weights of step (parity waited for)
+  //     0      0, 0    stage 0      0a               –            –
+  //     1      0, 1    stage 1      1a               stage 0      –
+  //     2      0, 2    stage 2      2a               stage 1      stage 0 ← 4 (0)
+  //     3      0, 3    stage 3      3a               stage 2      stage 1 ← 5 (0)
+  //     4      1, 0    stage 0      4a               stage 3      stage 2 ← 6 (0)     and plane 0 freed, plane 2 loaded
+  //     5      1, 1    stage 1      5a               stage 0      stage 3 ← 7 (0)
+  //     6      1, 2    stage 2      6a               stage 1      stage 0 ← 8 (1)
+  //
+  // "In flight" is what wgmma_wait<1> leaves: once a step's a has begun, the step before is done and its stage free;
+  // once its b has begun, a is done and left[0] free.
+  //
+  // Invariant of refill_parity: from step 2 on it is (step − 2) / stages mod 2, the parity of the phase of `empty` that
+  // ends when all warps of the cluster have freed the stage of step − 2. One bit is enough: a stage is freed again only
+  // after its refill, which comes after this wait, so the barrier is never more than one phase ahead of the wait.
   float d[ROW_TILES][COLUMNS / 2] = {};
   uint32_t left[2][ROW_TILES][2][4];  // of half a step each: one is loaded while the other is multiplied
   int stage = 0, parity = 0;          // of this step

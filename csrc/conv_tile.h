@@ -47,8 +47,18 @@ __device__ __forceinline__ ConvTile conv_tile(const ConvShape& s, int block, int
   return tile;
 }
 
-// The pixel of its box, w fastest, then h, then n, that a tile's row r is. In 4×4 boxes a plane's rows are five pixels,
-// and of eight pixels one below the other two would be in the same banks; of four, and four of the fourth image on, not.
+// Which pixel of the box (w fastest, then h, then n) row r of a tile is: pixel r, but in boxes of 4×4 pixels.
+//
+// ldmatrix reads 16 bytes of each of eight rows. A pixel has 128 bytes, and the swizzle chooses the banks of its 16 by
+// the pixel's index in shared memory mod 8: there is no conflict if all eight indices differ mod 8. In conv_sm90 the
+// plane of a 4×4 box has rows of 5 pixels. Unpermuted, rows 0 to 7 would be its pixels 0 1 2 3, 5 6 7 8, where 0 and 8
+// conflict. So bits 2 (lowest of h) and 6 (highest of n) of r change places:
+//
+//     bit of r       6  5  4  3  2  1  0
+//     bit of pixel   h0 n1 n0 h1 n2 w1 w0      (in order: n2 n1 n0 h1 h0 w1 w0)
+//
+// Eight rows are then four pixels of an image and the same four of the fourth image after it, 4·5·5 = 100 further on:
+// 100 mod 8 = 4, so they are indices i to i + 3 and i + 4 to i + 7 mod 8.
 __device__ __forceinline__ int pixel_of_row(const ConvShape& s, int r) {
   return s.log_width == 2 && s.log_height == 2 ? (r & ~0x44) | (r >> 4 & 4) | (r & 4) << 4 : r;
 }
@@ -158,7 +168,7 @@ __device__ __forceinline__ void finish_tile(
   }
 
 #pragma unroll
-  for (int j = 0; j < N / 8; j += 4) {  // eight columns a thread: 8k + 2t + e of these four tiles; vectors are 8t + 2k + e
+  for (int j = 0; j < N / 8; j += 4) {  // eight columns per thread: 8k + 2t + e of these four tiles; vectors are 8t + 2k + e
     const int vector = tile.column + column + 8 * (j + t);
     float g_sum[8] = {}, gx_sum[8] = {};
     uint32_t kept[2 * MT][4] = {};

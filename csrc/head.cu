@@ -1,5 +1,5 @@
 // D's last layer and everything behind it: BN apply, dot product, BCE with logits, and all of that backward; and the
-// loss alone, of logits that are there already.
+// loss by itself, of logits that are there already.
 //
 // The layer reduces a whole feature map to one logit, so each feature is used once, and the batch norm before it can be
 // applied as the features are read: neither they nor their gradient is ever written activated.
@@ -49,9 +49,9 @@ __device__ __forceinline__ void group_means(const T* logits, float* dlogits, flo
 // logit = Σ act(scale·y + shift)·w; loss = softplus(∓logit); dlogit = (σ(logit) − target) / images of the group.
 // Tile: one image; the last block to finish also takes the groups' mean losses and probabilities.
 // Bytes: y once; w and the state out of L2.
-// Accumulates in fp32, a sum a thread and then a tree; means over logits in order: the same bits each run.
-// Beats the library's apply, GEMV, sigmoid, loss and their backward kernels by reading y alone.
-// Two blocks an SM: a step has 256 images for 132 of them, so each may take the registers that its loads need.
+// Accumulates in fp32, a sum per thread and then a tree; means over logits in order: the same bits each run.
+// Beats the library's apply, GEMV, sigmoid, loss and their backward kernels by reading only y.
+// Two blocks per SM: a step has 256 images for 132 of them, so each may take the registers that its loads need.
 template <class T, int N>
 __global__ void __launch_bounds__(THREADS, 2) head_kernel(
     const T* y, const T* w, const float* state, const float* loss_scale, float* logits, float* dlogits, float* means,
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(THREADS) gan_loss_kernel(const T* logits, floa
 // Bytes: y and g once.
 // Accumulates in fp32, each line its images in order, then over the lines: the same bits each run.
 // Beats the library's two outer products, activation backward and reduction, which read and write the map five times.
-// One block an SM: a step has 128 of them in 16 bits, so each block may take all registers.
+// One block per SM: a step has 128 of them in 16 bits, so each block may take all registers.
 template <class T, int N>
 __global__ void __launch_bounds__(THREADS, 1) head_grad_kernel(
     const T* y, const T* w, const float* state, const float* dlogits, T* g, float* values, float* dw, Sizes s,

@@ -1,5 +1,5 @@
 // CUDA's threads, shared memory, barriers, shuffles and 16-bit types in plain C++, so that the kernels' own sources
-// run on a CPU: for tests alone. g++ -std=c++20 -DDCGAN_HOST -x c++ -shared -fPIC -fno-strict-aliasing csrc/*.cu
+// run on a CPU: only for tests. g++ -std=c++20 -DDCGAN_HOST -x c++ -shared -fPIC -fno-strict-aliasing csrc/*.cu
 //
 // Blocks run one after another, those of a cluster together. Their threads are fibers: each runs until it ends, or waits
 // at a barrier or in a warp's collective; when all that must arrive have, they go on. Runs repeat exactly.

@@ -48,7 +48,7 @@ template <class T, int C>
 struct Plan {
   static constexpr int TAPS = 16 * C;
   static constexpr int PIXELS = C == 4 ? 128 : BOX_PIXELS;  // of a box
-  static constexpr int PITCH = TAPS + 8;                     // ±8 banks a pixel: a warp's pairs hit each bank twice
+  static constexpr int PITCH = TAPS + 8;                     // ±8 banks per pixel: a warp's pairs hit each bank twice
   static_assert(PITCH % 32 == 8 || PITCH % 32 == 24);
   static constexpr int AREA = (PIXELS / MAX_BOX_WIDTH + 2) * (MAX_BOX_WIDTH + 2);  // of the box and its rim
   static_assert(AREA >= (PIXELS / MIN_BOX_WIDTH + 2) * (MIN_BOX_WIDTH + 2) && AREA >= (PIXELS / 16 + 2) * 18);
@@ -135,8 +135,8 @@ __device__ __forceinline__ void multiply(
 // Tile: a box of input pixels by all 16·C taps, z in shared memory; each pixel is multiplied once for all its outputs.
 // Bytes: x once, by 16-byte vectors, its rim again from L2 (a fifth of a box inside a picture); y and saved once, by
 //     whole warps; z twice through shared memory, 8·16·C a pixel, against 9·2·channels for a gather of nine taps.
-// Accumulates in fp32, in an order that the shapes alone decide.
-// Beats the library by the activation or its derivative, and by 48 columns where it pads three channels to 8 a phase.
+// Accumulates in fp32, in an order that depends only on the shapes.
+// Beats the library by the activation or its derivative, and by 48 columns where it pads three channels to 8 per phase.
 template <class T, int C>
 __global__ void __launch_bounds__(THREADS, BOUND) image_conv_transpose_kernel(Arguments<T> a) {
   using P = Plan<T, C>;
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(THREADS, BOUND) image_conv_transpose_kernel(Ar
     }
     __syncthreads();
 
-    for (int r = warp; r < 2 * box.rows; r += WARPS) {  // a warp's row of the image, two elements a thread
+    for (int r = warp; r < 2 * box.rows; r += WARPS) {  // a warp's row of the image, two elements per thread
       const int64_t row = (((box.image * height + box.y) * 2 + r) * 2 * width + 2 * box.x) * C;
       for (int e = 2 * lane; e < 2 * box.columns * C; e += 2 * WARP) {
         float out[2];

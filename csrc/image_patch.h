@@ -68,7 +68,7 @@ struct Patch {
   static_assert(PIXELS >= (2 * (BOX_PIXELS / MAX_BOX_WIDTH) + 2) * SIDE, "boxes in between are squarer: smaller");
   static_assert(PIXELS >= 34 * 34 && C >= 1 && C <= 4);
   static constexpr int ELEMENTS = PIXELS * C;
-  static_assert(ELEMENTS * sizeof(T) <= 19 << 10, "eight blocks an SM within 227 KB");
+  static_assert(ELEMENTS * sizeof(T) <= 19 << 10, "eight blocks per SM within 227 KB");
 
   alignas(VECTOR_BYTES) T at[ELEMENTS];
 

@@ -8,8 +8,8 @@ constexpr int SUMMED = 32, PARTS = 8;  // elements of a block, and warps that sh
 // out[i] = Σ_s shares[s,i].
 //
 // Tile: 32 elements; a warp adds every eighth share in order, and one warp the eight sums in order.
-// Bytes: 4·(split + 1) an element, out of L2, as the shares were just written.
-// Accumulates in fp32, in an order that `split` alone decides.
+// Bytes: 4·(split + 1) per element, out of L2, as the shares were just written.
+// Accumulates in fp32, in an order that depends only on `split`.
 // Beats float atomics, whose order differs from run to run.
 __global__ void sum_shares_kernel(const float* shares, float* out, int64_t size, int64_t split) {
   after_previous();

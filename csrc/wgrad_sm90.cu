@@ -47,7 +47,7 @@ struct Arguments {
 //     registers, by ldmatrix, and low the right one. So a tile is transposed: its rows are high channels.
 // Bytes: low and high once from memory. From L2 a high pixel comes (BH + 1)(BW + 1)/(BH·BW) times for each of
 //     ⌈L/COLUMNS⌉ tiles; low C/64 times for each cluster of planes, of which each of its blocks loads a part for all.
-// Accumulates in fp32, in registers; the shares are added in an order that `split` alone decides.
+// Accumulates in fp32, in registers; the shares are added in an order that depends only on `split`.
 // Beats the library by what L2 need not give: tap by tap high would come four times as often, and low as well.
 template <class T, int COLUMNS>
 __global__ void __launch_bounds__(THREADS, 1)

@@ -27,7 +27,7 @@ class Arch:
         dense: start from an 8×8 feature map, as the form with a dense layer does, rather than from 4×4.
 
     Raises:
-        ValueError: the size is outside the family, or a width is not positive; the message says what is accepted.
+        ValueError: the size is not supported, or a width is not positive; the message says what is accepted.
     """
 
     image_size: int = 64
@@ -39,7 +39,7 @@ class Arch:
 
     def __post_init__(self):
         if self.image_size not in SIZES:
-            raise ValueError(f"image size {self.image_size} is outside the family: choose one of {SIZES}")
+            raise ValueError(f"image size {self.image_size} is not supported: choose one of {SIZES}")
         if self.channels not in (1, 3, 4):
             raise ValueError(f"{self.channels} image channels: accepted are 1, 3 and 4")
         for name in ("nz", "ngf", "ndf"):

@@ -1,4 +1,4 @@
-"""The order of the data and the noise: functions of the seed alone, whatever device or backend trains."""
+"""The order of the data and the noise: functions of the seed only, whatever device or backend trains."""
 
 import hashlib
 
@@ -30,7 +30,7 @@ def _free_bytes(device: torch.device) -> int:
 
 
 class Batches:
-    """Shuffled batches of a uint8 image set, each picture once an epoch, the last batch of an epoch smaller.
+    """Shuffled batches of a uint8 image set, each picture once per epoch, the last batch of an epoch smaller.
 
     A batch is in two parts: `seek` is the host's, and sends a new epoch's order to the device, or what is streamed;
     `take` is the device's, and reads no value of the host's, so that a CUDA graph can hold it.
@@ -38,7 +38,7 @@ class Batches:
     Args:
         images: uint8 (N, H, W, C), as `dcgan.data.open_images` gives it; copied to the device where it is small
             beside the free memory there, else streamed through two batches of room on it (`dcgan.streaming`).
-        batch_size: images a batch.
+        batch_size: images per batch.
         seed: of the order and the mirroring.
         flip: mirror each picture left to right with probability one half, drawn anew each epoch.
         device: where the batches go.
@@ -75,7 +75,7 @@ class Batches:
 
     @property
     def per_epoch(self) -> int:
-        """Batches an epoch, the last smaller one included."""
+        """Batches per epoch, the last, smaller one included."""
         return -(-self.count // self.batch_size)
 
     def size(self, step: int) -> int:

@@ -14,8 +14,8 @@ from kernels import BACKENDS
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 INTERVALS = ("log_every", "sample_every", "checkpoint_every", "keep")
 MAY_CHANGE = ("steps", "epochs", *INTERVALS, "device", "cuda_graph", "tensorboard", "data")
-"""What `--resume` may set anew. The numbers depend on none of it but the device; `data` must be the same pictures,
-wherever they lie now."""
+"""What `--resume` may change. Of these only the device affects the numbers; `data` must be the same pictures,
+wherever they are now."""
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Config:
 
     @classmethod
     def read(cls, run: Path) -> "Config":
-        """Raises InputError where `run` is not a run directory."""
+        """Raises InputError if `run` is not a run directory."""
         if not run.is_dir():
             raise InputError(f"{run}: no such run directory")
         try:
@@ -127,7 +127,7 @@ RESUMED_BY = {"fingerprint", "steps_per_epoch", "threads"}
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device named, or a GPU where there is one. Raises InputError for one that is not there or does not start."""
+    """The device named, or a GPU if there is one. Raises InputError for one that is not there or does not start."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -155,7 +155,7 @@ def fast_bf16(device: torch.device) -> bool:
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """`auto` is bf16 where that is fast, else fp32. Raises InputError for what the device cannot do."""
+    """`auto` is bf16 if that is fast, else fp32. Raises InputError for what the device cannot do."""
     if name == "auto":
         return "bf16" if fast_bf16(device) else "fp32"
     if name in ("tf32", "fp16") and device.type != "cuda":
@@ -171,15 +171,15 @@ def resolve_rungs(flags: dict, device: torch.device, precision: str, fused: str 
     """
     given = {name: flags.get(name) for name in ("channels_last", "compile", "cuda_graph")}
     if fused and given["channels_last"] is False:
-        raise InputError("--no-channels-last: --fused works in channels_last memory alone")
+        raise InputError("--no-channels-last cannot be combined with --fused, which requires channels_last")
     if fused == "stacks" and given["compile"]:
-        raise InputError("--compile is of the plain step and of --fused modules: --fused leaves nothing to compile")
+        raise InputError("--compile cannot be combined with --fused (use it without, or with --fused modules)")
     if given["cuda_graph"] and device.type != "cuda":
-        raise InputError(f"--cuda-graph needs a CUDA device, this is {device.type}")
+        raise InputError(f"--cuda-graph needs a CUDA device; this is {device.type}")
     scaled = precision == "fp16" and fused != "stacks"
     if given["cuda_graph"] and scaled:
         raise InputError(
-            "--cuda-graph with --precision fp16 is of --fused alone: elsewhere the host reads the loss scale"
+            "--cuda-graph with --precision fp16 requires --fused: the other paths read the loss scale on the host"
         )
     graph = device.type == "cuda" and fused is not None and not scaled
     return {
@@ -202,12 +202,12 @@ def image_size(flags: dict, preset: str) -> int:
     """The size that pictures are decoded to; checked before any is read."""
     size = flags.get("image_size", PRESETS[preset].arch.image_size)
     if size not in SIZES:
-        raise InputError(f"--image-size {size} is outside the family: choose one of {', '.join(map(str, SIZES))}")
+        raise InputError(f"--image-size {size} is not supported: choose one of {', '.join(map(str, SIZES))}")
     return size
 
 
 def default_intervals(steps: int) -> dict[str, int]:
-    """About a hundred log lines, twenty sample grids and five checkpoints a run, and never too far apart."""
+    """About a hundred log lines, twenty sample grids and five checkpoints per run, and never too far apart."""
     return {
         "log_every": min(100, max(1, steps // 100)),
         "sample_every": min(1000, max(1, steps // 20)),

@@ -59,11 +59,13 @@ def ops(preset: Preset, device: torch.device, dtype: torch.dtype) -> Iterator[Ro
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command; `argv` are its arguments, those of the process where None."""
+    """The command; `argv` are its arguments (None: the process's)."""
     parser = Parser(
         prog="python -m dcgan.doctor", description=__doc__.split(": ")[1], formatter_class=argparse.HelpFormatter
     )
-    parser.add_argument("--preset", choices=PRESETS, default="dcgan64", help="whose layers (default: dcgan64)")
+    parser.add_argument(
+        "--preset", choices=PRESETS, default="dcgan64", help="the preset whose layers are listed (default: dcgan64)"
+    )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     args = parser.parse_args(argv)
     device, preset = choose_device(args.device), PRESETS[args.preset]

@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--data", metavar="SPEC", help="digits (default); a folder or zip of pictures; a folder of "
                        "MNIST or CIFAR-10 files; .npy or .npz; or a name: mnist, fashion-mnist, cifar10")  # fmt: skip
     group.add_argument("--out", metavar="RUN", help="the run's directory (default: a new one under runs/)")
-    group.add_argument("--resume", metavar="RUN", help="go on with a run; only --steps, --epochs, the intervals, "
+    group.add_argument("--resume", metavar="RUN", help="continue a run; only --steps, --epochs, the intervals, "
                        "--keep, --device, --cuda-graph, --tensorboard and --data (the same) may be given")  # fmt: skip
     length = group.add_mutually_exclusive_group()
     length.add_argument("--steps", type=positive, metavar="N", help="training steps in all")
@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--beta1", type=fraction, metavar="X", help="Adam's first beta (default: 0.5)")
     group.add_argument("--flip", action="store_true", help="mirror half of the pictures, drawn anew each epoch")
     group.add_argument("--ema", type=fraction, metavar="DECAY", help="keep an average of G's weights (try 0.999)")
-    group.add_argument("--seed", type=int, metavar="N", help="of weights, noise and order (default: 0)")
+    group.add_argument("--seed", type=int, metavar="N", help="seeds weights, noise and order (default: 0)")
 
     group = p.add_argument_group("how it runs")
     group.add_argument(
@@ -80,21 +80,23 @@ def parser() -> argparse.ArgumentParser:
         const="stacks",
         choices=("stacks", "modules"),
         metavar="modules",
-        help="the fast path of the device, same numbers (in full: `stacks`); `--fused modules` stops at one fused op a "
-        "layer",
+        help="the device's fast path, with the same numbers (in full: `stacks`); `--fused modules` only fuses each "
+        "layer into one op",
     )
     for flag, what in (
         ("--channels-last", "channels_last memory (default: with --fused)"),
-        ("--compile", "torch.compile of both networks, of the plain step or of --fused modules"),
+        ("--compile", "torch.compile both networks; not with --fused, but with --fused modules"),
         ("--cuda-graph", "on a GPU, replay the whole step as one CUDA graph (default: with --fused)"),
     ):
         group.add_argument(flag, action=argparse.BooleanOptionalAction, help=what)
-    group.add_argument("--backend", choices=BACKENDS, help="of the fused modules' ops (default: auto)")
-    strict = "an op that falls back to eager on a GPU, or a step that cannot be captured, is an error"
+    group.add_argument("--backend", choices=BACKENDS, help="what runs the ops of --fused modules (default: auto)")
+    strict = "make it an error if an op falls back to eager on a GPU, or a step cannot be captured"
     group.add_argument("--strict", action="store_true", help=strict)
-    group.add_argument("--precision", choices=settings.PRECISIONS, help="auto (default): bf16 where fast, else fp32")
+    group.add_argument(
+        "--precision", choices=settings.PRECISIONS, help="auto (default): bf16 if the device is fast at it, else fp32"
+    )
     group.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
-    group.add_argument("--deterministic", action="store_true", help="the same bits every time, on a GPU too")
+    group.add_argument("--deterministic", action="store_true", help="bit-identical runs, on a GPU too")
 
     group = p.add_argument_group("what it writes")
     for name, what in (("log", "lines of metrics"), ("sample", "grids of samples"), ("checkpoint", "checkpoints")):

@@ -26,7 +26,7 @@ LARGEST_GRID = 10_000
 
 @torch.no_grad()
 def sample(generator: Generator, n: int, seed: int, precision: str = "fp32") -> Iterator[Tensor]:
-    """n images in [-1, 1] as pieces (≤ 1024, C, H, W) on the CPU; z comes from `seed` alone, whatever the device.
+    """n images in [-1, 1] as pieces (≤ 1024, C, H, W) on the CPU; z depends only on `seed`, whatever the device.
 
     In evaluation mode image i is a function of (seed, i), computed in `precision` by `dcgan.sampling.Sampler`. In
     training mode (`generator.train()`) batch norm takes the statistics of the whole batch, so all n go through the
@@ -79,25 +79,25 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--n", type=positive, default=64, help="how many (default: 64)")
     p.add_argument("--out", default="grid.png", help="a name ending in .png: one grid; in .npy: an array, uint8 "
                    "(n, height, width, channels); any other: a folder of n pictures (default: grid.png)")  # fmt: skip
-    p.add_argument("--seed", type=int, default=0, help="of z (default: 0)")
-    p.add_argument("--no-ema", action="store_true", help="the last weights, not their average")
+    p.add_argument("--seed", type=int, default=0, help="seed of z (default: 0)")
+    p.add_argument("--no-ema", action="store_true", help="use the last weights, not their average")
     p.add_argument("--batch-stats", action="store_true", help="batch norm from the statistics of these n pictures, "
-                   "as in training; without it from the run's, so that no picture depends on another")  # fmt: skip
+                   "as in training; without it, from the run's, so no picture depends on another")  # fmt: skip
     p.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of maps and products (default: fp32); auto "
-                   "is bf16 where that is fast, and moves pixels by a level or two of 255")  # fmt: skip
+                   "is bf16 if that is fast, and moves pixels by a level or two of 255")  # fmt: skip
     p.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     return p
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command; `argv` are its arguments, those of the process where None."""
+    """The command; `argv` are its arguments (None: the process's)."""
     args = parser().parse_args(argv)
     device = choose_device(args.device)
     out = Path(args.out)
     kind = check_name(args.out, args.n)
     precision = resolve_precision(args.precision, device)
     if args.batch_stats and args.precision != "fp32":
-        raise InputError(f"--batch-stats --precision {args.precision}: with statistics of these pictures it is fp32")
+        raise InputError(f"--batch-stats --precision {args.precision}: batch statistics need fp32")
     generator = load(args.run, ema=not args.no_ema, device=device)
     generator.train(args.batch_stats)
     try:

@@ -121,7 +121,7 @@ class Loop:
                 why = f"a step of {n} images cannot be captured as a CUDA graph ({str(first).splitlines()[0]})"
                 if self.strict:
                     raise RunError(why) from error
-                self.say(f"warning: {why}; training goes on without")
+                self.say(f"warning: {why}; training continues without one")
                 self.graph = False
                 self._run(n, z)
                 return

@@ -45,7 +45,7 @@ class Generator(nn.Module):
 
     Args:
         arch: which member of the family.
-        generator: random generator of the initial weights (CPU); torch's default where None.
+        generator: random generator of the initial weights (CPU); None: torch's default.
     """
 
     def __init__(self, arch: Arch, generator: torch.Generator | None = None):
@@ -60,7 +60,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """One logit an image: the log-odds that it is real. Arguments as for `Generator`."""
+    """One logit per image: the log-odds that it is real. Arguments as for `Generator`."""
 
     def __init__(self, arch: Arch, generator: torch.Generator | None = None):
         super().__init__()

@@ -32,7 +32,7 @@ MAX_PENDING = 10_000  # lines kept while the disk is full: about 2 MB
 
 
 def _parse(line: bytes) -> dict | None:
-    """One line, or None where it is torn or not a line of metrics. A NaN that someone else wrote is read as null."""
+    """One line, or None if it is torn or not a line of metrics. A NaN that someone else wrote is read as null."""
     try:
         value = json.loads(line, parse_constant=lambda _: None)
     except (ValueError, RecursionError):

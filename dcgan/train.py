@@ -25,7 +25,7 @@ from kernels.dispatch import op_of, select, why_not
 
 
 def check_free(flags: dict) -> None:
-    """Raise InputError where `--out` names a directory in use, before any picture is decoded."""
+    """Raise InputError if `--out` names a directory in use, before any picture is decoded."""
     if "out" in flags and (flags["out"] == "" or in_use(Path(flags["out"]))):
         out = flags["out"] or "''"
         raise InputError(f"--out {out} is already in use: choose another, or --resume {out}")
@@ -41,7 +41,7 @@ def in_use(run: Path) -> bool:
 
 
 def claim_new(flags: dict, name: str) -> tuple[Path, IO[str]]:
-    """The directory of a new run, created, and its claim. Raises InputError where it is in use or cannot be made."""
+    """The directory of a new run, created, and its claim. Raises InputError if it is in use or cannot be made."""
     run = Path(flags.get("out", ""))
     try:
         if "out" in flags:
@@ -65,9 +65,9 @@ def resolve(flags: dict) -> tuple[Config, ImageSet]:
     """A new run's settings and pictures. Raises InputError for whatever is wrong with the flags."""
     check_free(flags)
     if flags.get("fused") != "modules" and "backend" in flags:
-        raise InputError("--backend is of --fused modules, which was not given")
+        raise InputError("--backend only applies with --fused modules")
     if "strict" in flags and "fused" not in flags:
-        raise InputError("--strict is of --fused, which was not given")
+        raise InputError("--strict only applies with --fused")
     device = settings.choose_device(flags.get("device"))
     preset = flags.get("preset", "dcgan64" if device.type == "cuda" else "small32")
     defaults = PRESETS[preset]
@@ -122,12 +122,12 @@ def fall_back(config: Config) -> None:
     if config.fused == "stacks" and device.type == "cuda" and (reason := why_not("triton", device, dtype)):
         if config.strict:
             raise InputError(f"--fused --strict: {reason}")
-        say(f"warning: {reason}: training by --fused modules instead")
+        say(f"warning: {reason}: training with --fused modules instead")
         config.fused, config.cuda_graph = "modules", config.cuda_graph and config.precision != "fp16"
 
 
 def check_backends(config: Config) -> None:
-    """Raise InputError where a fused module could not run by the backend asked for, or not without a fallback."""
+    """Raise InputError if a fused module could not run by the backend asked for, or not without a fallback."""
     if config.fused != "modules":
         return
     dtype, device = AUTOCAST_DTYPE.get(config.precision, torch.float32), torch.device(config.device)
@@ -162,14 +162,16 @@ def resolve_resumed(flags: dict, run: Path) -> tuple[Config, ImageSet]:
     if total:
         reached = max(map(step_of, steps(run / "checkpoints")), default=0)
         if total < reached:
-            raise InputError(f"--steps {total}: {run} is at step {reached} already")
+            raise InputError(f"--steps {total}: {run} is already at step {reached}")
         if all(getattr(config, k) == v for k, v in settings.default_intervals(config.steps).items()):
             flags = {**settings.default_intervals(total), **flags}
         config.steps, config.epochs = total, flags.get("epochs")
     images = open_images(flags.get("data", config.data), config.image_size, config.channels)
     config.data = images.source
     if images.fingerprint != config.resolved.get("fingerprint"):
-        raise InputError(f"--resume {run}: {config.data} is not what the run began with; --data says where that is now")
+        raise InputError(
+            f"--resume {run}: {config.data} differs from the data the run began with; --data gives its new place"
+        )
     for name in (*settings.INTERVALS, "tensorboard"):
         setattr(config, name, flags.get(name, getattr(config, name)))
     fall_back(config)
@@ -262,7 +264,7 @@ def resume(flags: dict) -> tuple[Trainer, Config, Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; `argv` are its arguments, those of the process where None."""
+    """The command; `argv` are its arguments (None: the process's)."""
     flags = vars(parser().parse_args(argv))
     trainer, config, run = resume(flags) if "resume" in flags else begin(flags)
     with use_backend(config.backend, config.strict):
@@ -271,11 +273,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(trainer: Trainer, config: Config, run: Path) -> int:
     if trainer.step >= config.steps:
-        say(f"{run} has its {config.steps} steps already; --resume {run} --steps N goes on to N")
+        say(f"{run} already has its {config.steps} steps; --resume {run} --steps N continues to N")
         return 0
     size, found = config.image_size, config.resolved
     rungs = [f"fused {config.fused}"] if config.fused else ["channels_last"] * config.channels_last
-    rungs += ["compiled, which takes its time at the first step"] * config.compile + ["CUDA graph"] * config.cuda_graph
+    rungs += ["compiled, so the first step is slow"] * config.compile + ["CUDA graph"] * config.cuda_graph
     say(
         f"{found['dataset']}: {found['images']:,} pictures, {size}×{size}×{config.channels} · {config.preset} on "
         f"{found['device_name']}, {', '.join([config.precision, *rungs])} · "
@@ -287,7 +289,7 @@ def train(trainer: Trainer, config: Config, run: Path) -> int:
     except OSError as error:
         report = f"report.html not written ({error.strerror})"
     if number is not None:
-        say(f"stopped by signal {number} after step {trainer.step}; go on with --resume {run}")
+        say(f"stopped by signal {number} after step {trainer.step}; continue with --resume {run}")
         return 128 + number
     ring = trainer.batches.ring
     if ring is not None and ring.waited_s > 0.01 * trainer.clock.seconds:

@@ -112,7 +112,7 @@ class Trainer:
         self.summed = state["summed"]
 
     def save(self, last: bool = False) -> None:
-        """Write a checkpoint and prune; a disk that is full is said and survived, and tried again next time.
+        """Write a checkpoint and prune; a full disk is reported and survived, and the next save tries again.
 
         Args:
             last: nothing comes after it; then room is made by removing all but the newest of the earlier ones, and
@@ -139,7 +139,7 @@ class Trainer:
                 raise
             why = f"checkpoint of step {self.step} not written ({error.strerror})"
             if not last:
-                self.say(f"warning: {why}; {self.saved.name} is the last; training goes on")
+                self.say(f"warning: {why}; the last one is {self.saved.name}; training goes on")
                 return
             checkpoints.prune(folder, 1, checkpoints.step_of(self.saved))
             try:
@@ -166,7 +166,9 @@ class Trainer:
         for reason in rejected:
             self.say(f"warning: passed over {reason}")
         if saved.arch != self.config.arch:
-            raise InputError(f"--resume {self.run}: its checkpoint has {saved.arch}, config.json {self.config.arch}")
+            raise InputError(
+                f"--resume {self.run}: its checkpoint has {saved.arch}, its config.json {self.config.arch}"
+            )
         try:
             self._continue_from(saved)
         except (KeyError, ValueError, RuntimeError) as error:
@@ -254,7 +256,7 @@ class Trainer:
     # What goes wrong
 
     def _finite_sums(self) -> list[float]:
-        """The interval's sums, read once from the device. Raises NotFinite where a loss is NaN or infinite."""
+        """The interval's sums, read once from the device. Raises NotFinite if a loss is NaN or infinite."""
         sums = self.sums.tolist()
         if not all(map(math.isfinite, sums[:2])):
             raise NotFinite(f"loss_d or loss_g is not finite by step {self.step}")
@@ -276,7 +278,7 @@ class Trainer:
             raise RunError(f"{error}, and no checkpoint to go back to ({lost})") from error
         self.rollbacks = rollbacks + 1
         self.noise.restart(self.step, self.rollbacks)
-        self.say(f"warning: {error}; back from step {failed} to {self.step} with new noise and order")
+        self.say(f"warning: {error}; back from step {failed} to {self.step}, with new noise and order")
 
     def _explain(self, error: Exception) -> None:
         """Raise a RunError that tells the user what to do, where that is known."""

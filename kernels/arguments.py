@@ -44,7 +44,7 @@ def tickets(like: Tensor, count: int) -> Tensor:
 
 
 def check_ticket(ticket: Tensor | None, like: Tensor) -> Tensor:
-    """`ticket`, (1,) int32 beside `like`, or one of the stream's where None."""
+    """`ticket`, (1,) int32 beside `like`, or, if None, one of the stream's."""
     if ticket is None:
         return tickets(like, 1)[:1]
     if ticket.dtype != torch.int32 or ticket.shape != (1,) or ticket.device != like.device:
@@ -68,7 +68,7 @@ def rows_of(name: str, tensor: Tensor, groups: int) -> int:
 
 
 def check_activation(activation: str) -> None:
-    """After batch norm."""
+    """Raise ValueError if it cannot follow batch norm."""
     if activation not in ("none", "relu", "leaky_relu"):
         raise ValueError(f"activation is {activation!r}: after batch norm, accepted are none, relu and leaky_relu")
 
@@ -80,7 +80,7 @@ def check_statistics(
     running_var."""
     _, groups, tiles, channels = partials.values.shape
     if rows == 1:
-        raise ValueError("a group has 1 value a channel: training-mode batch norm needs at least 2")
+        raise ValueError("a group has 1 value per channel: training-mode batch norm needs at least 2")
     if (vectors["running_mean"] is None) != (vectors["running_var"] is None):
         raise ValueError("running_mean and running_var: give both or neither")
     check_tensor("partials.values", partials.values, (2, groups, tiles, channels), torch.float32, None)
@@ -126,7 +126,7 @@ def check_head(y: Tensor, weight: Tensor, state: Tensor, activation: str) -> tup
 
 
 def check_scale(scale: Tensor | None, like: Tensor) -> None:
-    """Of D's loss."""
+    """Raise ValueError if the scale of D's loss does not fit."""
     if scale is not None and (scale.dtype != torch.float32 or not scale.numel() or scale.device != like.device):
         got = f"{scale.dtype} {tuple(scale.shape)} on {scale.device}"
         raise ValueError(f"scale is {got}: expected float32 on {like.device}, its first element the scale")
@@ -152,7 +152,7 @@ def _served(tensor: Tensor) -> bool:
 def real_bits(real: Sequence[bool], groups: int) -> int:
     """Bit g says whether group g's target is 1."""
     if len(real) != groups:
-        raise ValueError(f"real has {len(real)} entries: expected {groups}, one a group")
+        raise ValueError(f"real has {len(real)} entries: expected {groups}, one per group")
     return sum(1 << group for group, is_real in enumerate(real) if is_real)
 
 
@@ -196,7 +196,7 @@ def table_of(
     lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "copies": copies}
     for name, tensors in lists.items():
         if len(tensors) != len(params):
-            raise ValueError(f"{name} has {len(tensors)} tensors: expected {len(params)}, one a parameter")
+            raise ValueError(f"{name} has {len(tensors)} tensors: expected {len(params)}, one per parameter")
     if not params:
         raise ValueError("params is empty: there is nothing to update")
     copy_dtypes = {c.dtype for c in copies if c is not None} or {torch.bfloat16}

@@ -105,7 +105,7 @@ def check_batch_norm(
     if groups < 1 or x.shape[0] % groups:
         raise ValueError(f"groups is {groups}: it must divide the batch of {x.shape[0]}")
     if training and x.shape[0] // groups * layer.out_size**2 < 2:
-        raise ValueError("a group has 1 value a channel: training-mode batch norm needs at least 2")
+        raise ValueError("a group has 1 value per channel: training-mode batch norm needs at least 2")
 
 
 def check_tensors(**tensors: object) -> None:
@@ -216,7 +216,7 @@ def check_adam(
     lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "copies": copies}
     for name, tensors in lists.items():
         if len(tensors) != len(params):
-            raise ValueError(f"{name} has {len(tensors)} tensors: expected {len(params)}, one a parameter")
+            raise ValueError(f"{name} has {len(tensors)} tensors: expected {len(params)}, one per parameter")
         for index, (tensor, parameter) in enumerate(zip(tensors, params, strict=True)):
             if tensor is not None:
                 _check_beside(f"{name}[{index}]", tensor, parameter, params[0], half=name == "copies")

@@ -15,8 +15,8 @@ Every kernel here keeps three rules, which make any sequence of them as safe as 
 3. It lets the next one begin after it has waited, and at once. So never more than two kernels are under way.
 
 The last rule is what a kernel pays: the next one's blocks take the room on an SM that its own have left, and stand
-there waiting. Whether that gains is the device's to say: the tuned table has the answer (`kernels.tuning.dependent`),
-and without one nothing is launched so. Not yet run on a GPU.
+there waiting. Whether that gains anything depends on the device: the tuned table has the answer
+(`kernels.tuning.dependent`), and without one nothing is launched so. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ if TYPE_CHECKING:
     import torch
 
 CAPABILITY = (9, 0)
-"""From which on a GPU can."""
+"""First compute capability with programmatic dependent launch."""
 
 _asked = False
 
 
 def able(device: torch.device) -> bool:
-    """Whether a device can."""
+    """Whether the device supports it."""
     import torch
 
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= CAPABILITY
 
 
 def asked() -> bool:
-    """Whether launches are to be dependent ones now."""
+    """Whether launches should currently be dependent."""
     return _asked
 
 
 @contextmanager
 def dependent_launches(ask: bool = True) -> Iterator[None]:
-    """Within, kernels of ours are launched so, by this process, on whichever stream; the device must be able to."""
+    """Within it, this process launches our kernels so, on whichever stream; the device must support it."""
     global _asked
     before, _asked = _asked, ask
     try:

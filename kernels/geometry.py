@@ -113,8 +113,8 @@ class Merge(NamedTuple):
     """What a GEMM's last programs need to settle the batch norm whose sums its tiles took.
 
     Forward (`statistics`): batch norm's weight and bias (C,) float32; running statistics (C,) and counter () int64, to
-    be moved once a group; eps and momentum. Backward (`batch_norm_grad`): where the gradients by weight and bias go;
-    None where nobody wants them.
+    be moved once per group; eps and momentum. Backward (`batch_norm_grad`): where the gradients by weight and bias go;
+    None if nobody wants them.
     """
 
     weight: Tensor | None
@@ -181,7 +181,7 @@ class Partials(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """A weight gradient that several programs have a share in, yet to be added up.
+    """A weight gradient in several programs' shares, yet to be added up.
 
     values: (shares, L, 4, 4, C) float32. gradient: (L, 4, 4, C) float32, where their sum goes.
     """
@@ -191,7 +191,7 @@ class Shares(NamedTuple):
 
 
 CUDA_COLUMNS, CUDA_CLUSTERS = (128, 64), (1, 2, 4, 8)
-"""What a `CudaConfig` may say."""
+"""Accepted values of a `CudaConfig`."""
 
 
 @dataclass(frozen=True)
@@ -200,11 +200,11 @@ class CudaConfig:
 
     Args:
         columns: output channels; of a weight gradient, channels of the low side.
-        cluster: at most so many blocks load together what they share: as many as divide the tiles, and one where a GPU
-            has no clusters.
+        cluster: upper bound on the cluster size; the largest accepted size that divides the tile count is used (1
+            without cluster support).
 
     Raises:
-        ValueError: either is none of `CUDA_COLUMNS` and `CUDA_CLUSTERS`.
+        ValueError: either is not among `CUDA_COLUMNS` or `CUDA_CLUSTERS`.
     """
 
     columns: int
@@ -238,7 +238,7 @@ STATE = ("mean", "rstd", "scale", "shift")
 """Rows of a batch-norm state (4, groups, C) float32: x̂ = (y − mean)·rstd, and weight·x̂ + bias = scale·y + shift."""
 
 DTYPES = ("bfloat16", "float16", "float32")
-"""Of maps and packed weights."""
+"""Accepted types of maps and packed weights."""
 
 
 def check_nhwc(name: str, tensor: Tensor, like: Tensor | None = None) -> None:

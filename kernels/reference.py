@@ -1,7 +1,7 @@
 """Every kernel again, in plain PyTorch: what it must compute, in the arithmetic of the tensors it is given.
 
 Twins of the launchers in `kernels._triton`, with their names, layouts and results; run in float64 they are the oracle.
-Tensors are NHWC, weights packed (low, 4, 4, high). Partials come as one tile a group; a `ticket` is not needed.
+Tensors are NHWC, weights packed (low, 4, 4, high). Partials come as one tile per group; a `ticket` is not needed.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The tuned table of a device: which recipe and which tile was measured as fastest for a shape; nothing is timed here.
+"""The tuned table of a device: which recipe and tile measured fastest for a shape. Nothing is timed here.
 
 `bench.tune` writes `kernels/tuned/<device>.json`:
 
@@ -11,11 +11,11 @@
 "ops" has the public ops, by layer (IN x OUT @ IN_SIZE; `any` for an op without one), precision and images; "tiles" the
 kernels conv, conv_transpose and wgrad, by their own channels and input size (wgrad: LOW x HIGH @ low size), with a tile
 of Triton's or of the extension's where the recipe has one; "inputs" the layers whose input has a batch norm, `applied`
-by a launch of its own or `deferred` to the loads of those who read it: the forward pass and the weight gradient, or,
-under `conv_forward`, the forward pass alone; "launch" whether a captured step's kernels had better be launched
+by a launch of its own or `deferred` to the loads of its readers: the forward pass and the weight gradient, or,
+under `conv_forward`, only the forward pass; "launch" whether a captured step's kernels should be launched
 `dependent` (`kernels.dependent`) or `plain`, by its images. A lookup takes the nearest measured shape: the layer itself
 or one of at most `NEAR` times its channels and size, and of that the nearest number of images, at most `NEAR_IMAGES`
-times as many or as few. A file that is no such table, or another device's, is warned of once and not used.
+times as many or as few. A file that is not such a table, or is another device's, gets one warning and is not used.
 """
 
 import functools
@@ -39,20 +39,21 @@ INPUTS = ("applied", "deferred")
 LAUNCHES = ("plain", "dependent")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 CONFIGS = {"conv": ConvConfig, "conv_transpose": ConvConfig, "wgrad": WgradConfig}
-"""Of Triton's tiles; the extension's are `CudaConfig`, or none where it has one for a shape alone."""
+"""Classes of Triton's tiles; the extension's are `CudaConfig`, or None where it has only one kernel for a shape."""
 Config = ConvConfig | WgradConfig | CudaConfig
 NEAR = 2.0
 NEAR_IMAGES = 4.0
 MOST = {"warps": 32, "stages": 16, "split": 4096, "taps": 4}
 MOST_OF_A_TILE = 1024
-"""What a tile may say, so that a corrupt one is found here and not by a compiler: for all else `MOST_OF_A_TILE`."""
+"""Upper bounds of a tile's fields, so that a corrupt tile is found here and not by a compiler; of all others it is
+`MOST_OF_A_TILE`."""
 
 Shape = tuple[int, ...]
 """Channels in, channels out, size; empty for an op without a layer."""
 
 
 class Entry(NamedTuple):
-    """One measured choice; `tile` is None where the recipe has none, and always for an op."""
+    """One measured choice; `tile` is None if the recipe has none, and always for an op."""
 
     shape: Shape
     images: int
@@ -79,7 +80,7 @@ class Table:
 
 
 class Found(NamedTuple):
-    """What a lookup came to: the entry, None where there is none, and why; `kind` is the same for every shape that is
+    """The result of a lookup: the entry, None if there is none, and why; `kind` is the same for every shape that is
     missing for one reason."""
 
     entry: Entry | None
@@ -99,7 +100,7 @@ def precision_of(dtype: torch.dtype, tf32: bool) -> str:
 
 @functools.cache
 def device_name(device: torch.device) -> str | None:
-    """The name that a table goes by; None for what is no GPU."""
+    """The name that its table goes by; None if it is not a GPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
@@ -110,7 +111,7 @@ def slug(name: str) -> str:
 
 @functools.cache
 def load(name: str) -> tuple[Table | None, str]:
-    """The table of the device called `name`, or None and why; read once. A file that cannot be used is warned of."""
+    """The table of the device called `name`, or None and why; read once. Warns of a file that cannot be used."""
     path = FOLDER / f"{slug(name)}.json"
     if not path.exists():
         return None, f"no tuned table for {name}"
@@ -118,7 +119,7 @@ def load(name: str) -> tuple[Table | None, str]:
         return parse(json.loads(path.read_text(encoding="utf-8")), name), ""
     except (OSError, ValueError, RecursionError) as error:
         why = f"the tuned table {path.name} cannot be used: {error}"
-        warnings.warn(f"{why}; the defaults are", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"{why}; using the default tiles", RuntimeWarning, stacklevel=3)
         return None, why
 
 
@@ -147,7 +148,7 @@ def _entries(
         where = f"{name}/{key}/{precision}/{images}"
         shape = () if key == "any" else tuple(map(int, re.split("[x@]", _matched(where, r"\d+x\d+@\d+", key))))
         if 0 in shape or precision not in PRECISIONS:
-            raise ValueError(f"{where}: no layer of {PRECISIONS}")
+            raise ValueError(f"{where}: expected a shape without zeros and a precision of {', '.join(PRECISIONS)}")
         count = int(_matched(where, "[1-9][0-9]{0,8}", images))
         found.setdefault((name, precision), []).append(Entry(shape, count, *read(where, name, value)))
     return {key: tuple(entries) for key, entries in found.items()}
@@ -179,7 +180,7 @@ def _recipe(where: str, value: Any, accepted: tuple[str, ...] = RECIPES) -> str:
 def _tiled(where: str, kernel: str, value: Any) -> tuple[str, Config | None]:
     """A kernel's recipe, and its tile where the recipe is ours."""
     if kernel not in CONFIGS or not isinstance(value, dict):
-        raise ValueError(f"{where}: no kernel of {', '.join(CONFIGS)} with a recipe")
+        raise ValueError(f"{where}: expected one of {', '.join(CONFIGS)}, with a recipe")
     recipe, tile = _recipe(where, value.get("recipe")), value.get("tile")
     if recipe not in ("triton", "cuda") or (recipe == "cuda" and tile is None):
         return recipe, None
@@ -201,9 +202,9 @@ def _tiled(where: str, kernel: str, value: Any) -> tuple[str, Config | None]:
 def nearest(
     entries: tuple[Entry, ...], shape: Shape, images: int | None, fits: Callable[[Entry], bool] = lambda entry: True
 ) -> Entry | None:
-    """The entry measured nearest to a shape: by its layer first, then by its images; None where none is near or fits.
+    """The entry measured nearest to a shape: by its layer first, then by its images; None if none is near or fits.
 
-    Distances are of logarithms: twice as large is as far as half as large. `images` None is as near to all.
+    Distances are between logarithms: twice as large is as far as half as large. `images` None is equally near to all.
     """
 
     def apart(entry: Entry) -> tuple[float, float]:
@@ -225,7 +226,7 @@ def nearest(
 
 @functools.lru_cache(maxsize=4096)
 def recipe(name: str, op: str, shape: Shape, precision: str, images: int | None) -> Found:
-    """What the device called `name` runs a public op by."""
+    """The recipe by which the device called `name` runs a public op."""
     table, why = load(name)
     if table is None:
         return Found(None, why)
@@ -235,7 +236,7 @@ def recipe(name: str, op: str, shape: Shape, precision: str, images: int | None)
         size = "" if images is None else f" of {images} {unit}"
         layer = f" on {shape[0]}x{shape[1]}@{shape[2]}" if shape else ""
         missing = f"the tuned table has no {op} in {precision}"
-        return Found(None, f"{missing}{layer}{size} or near it", missing)
+        return Found(None, f"{missing}{layer}{size}, nor a near one", missing)
     same = entry.shape == shape and images in (None, entry.images)
     return Found(entry, "fastest in the tuned table" + ("" if same else f" (at {entry.of(unit)})"))
 
@@ -279,7 +280,7 @@ def explain(name: str, kernel: str, shape: Shape, precision: str, images: int) -
 
 @functools.lru_cache(maxsize=4096)
 def deferred(name: str | None, layer: Layer, precision: str, images: int, weights: bool = True) -> tuple[bool, str]:
-    """Whether whoever reads a layer's input had better apply its batch norm and activation in the load, and why.
+    """Whether whoever reads a layer's input should apply its batch norm and activation in the load, and why.
 
     Args:
         name: of the device; None for what is no GPU.
@@ -302,7 +303,7 @@ def deferred(name: str | None, layer: Layer, precision: str, images: int, weight
 
 @functools.lru_cache(maxsize=4096)
 def dependent(name: str | None, precision: str, images: int) -> tuple[bool, str]:
-    """Whether a captured step of `images` had better launch its kernels as `kernels.dependent` has it, and why; `name`
+    """Whether a captured step of `images` should launch its kernels as `kernels.dependent` has it, and why; `name`
     is the device's, None for what is no GPU."""
     table = load(name)[0] if name else None
     entry = nearest(table.launch.get(("step", precision), ()), (), images) if table else None

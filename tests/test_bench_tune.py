@@ -55,9 +55,9 @@ def test_the_fastest_right_candidate_is_chosen_and_a_wrong_one_is_never_timed():
 
 def test_the_library_wins_where_it_is_faster_and_what_may_not_ship_is_not_even_run():
     bench = FakeLab({"default": 9.0, "spills": 1.0, "library": 7.0})
-    choice = search.search(["default", "spills"], bench, {"spills": "spills 8 bytes a thread"})
+    choice = search.search(["default", "spills"], bench, {"spills": "spills 8 bytes per thread"})
     assert choice.recipe == "library" and bench.checked == ["default", "library"]
-    assert choice.rejected == {"spills": "spills 8 bytes a thread"}
+    assert choice.rejected == {"spills": "spills 8 bytes per thread"}
 
 
 def test_the_extension_competes_where_it_is_named(tmp_path):
@@ -148,7 +148,7 @@ def test_an_existing_table_is_merged_and_never_half_written(tmp_path, monkeypatc
     with pytest.raises(OSError, match="disk full"):
         later.put_op("conv_bn_act", "64x128@32", "bf16", 512, "eager")
     assert path.read_text() == before
-    with pytest.raises(ValueError, match="another device"):
+    with pytest.raises(ValueError, match="not a tuned table of"):
         Table(path, HEADER | {"device": "NVIDIA Test 2"}, "s1")
 
 
@@ -417,7 +417,7 @@ def test_a_dry_run_names_the_candidates_and_compiles_nothing(monkeypatch, capsys
     [
         (("--batch", "0"), "--batch 0"),
         (("--minutes", "0"), "--minutes 0"),
-        (("--only", "("), "no regular expression"),
+        (("--only", "("), "not a regular expression"),
         (("--only", "nothing of the kind", "--dry-run"), "no shape, input, op or step"),
         ((), "no GPU here"),
     ],

@@ -204,7 +204,7 @@ def test_offsets_beyond_two_to_the_31():
         ),
         (
             lambda y: batch_norm.merge_statistics(batch_norm.statistics(y), *[y[0, 0, 0]] * 2, rows=1),
-            "1 value a channel",
+            "1 value per channel",
         ),
     ],
 )

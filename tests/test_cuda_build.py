@@ -274,7 +274,7 @@ import torch
 from kernels import _cuda
 from kernels._cuda import batch_norm
 assert _cuda.available() is None
-assert "need a CUDA device, the tensor is on cpu" in _cuda.why_not(torch.device("cpu"), torch.float32)
+assert "need a CUDA device; the tensor is on cpu" in _cuda.why_not(torch.device("cpu"), torch.float32)
 assert "the tensor is float64" in _cuda.why_not(torch.device("cuda"), torch.float64)
 ops = [schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("dcgan_cuda::")]
 for schema in ops:

@@ -110,7 +110,7 @@ BAD = {  # what is wrong → what makes the spec, and a part of the message
         lambda t: put(t / "train-images-idx3-ubyte", idx(9, 8, 8, bytes(500))).parent,
         "is cut off",
     ),
-    "an idx file too long": (lambda t: put(t / "train-images-idx3-ubyte", idx(9, 8, 8, bytes(999))), "goes on after"),
+    "an idx file too long": (lambda t: put(t / "train-images-idx3-ubyte", idx(9, 8, 8, bytes(999))), "has data after"),
     "an idx file of labels": (
         lambda t: put(t / "train-images-idx3-ubyte", idx(9, 8, 8, bytes(576), magic=0x801)),
         "begins with 00000801",
@@ -148,8 +148,11 @@ BAD = {  # what is wrong → what makes the spec, and a part of the message
     "four batches": (lambda t: os.unlink(cifar_folder(t, b"") / "data_batch_3") or t, "without data_batch_3"),
     "empty batches": (lambda t: cifar_folder(t, b""), "data_batch_1 is not a batch of CIFAR-10"),
     "empty records": (lambda t: cifar_folder(t, b"", "data_batch_{}.bin"), "data_batch_1.bin is not a batch"),
-    "cut records": (lambda t: cifar_folder(t, bytes(3072), "data_batch_{}.bin"), "3072 bytes are not a number of"),
-    "records of CIFAR-100": (lambda t: cifar_folder(t, b"\x63" * 3073, "data_batch_{}.bin"), "a label 99"),
+    "cut records": (
+        lambda t: cifar_folder(t, bytes(3072), "data_batch_{}.bin"),
+        "3072 bytes are not a whole number of",
+    ),
+    "records of CIFAR-100": (lambda t: cifar_folder(t, b"\x63" * 3073, "data_batch_{}.bin"), "the label 99"),
     "a pickle without data": (lambda t: cifar_folder(t, pickle.dumps({"labels": []}, 2)), "no `data`"),
     "a pickle that is a list": (lambda t: cifar_folder(t, pickle.dumps([1], 2)), "data_batch_1 is not a batch"),
     "a pickle of floats": (lambda t: cifar_folder(t, pickle.dumps({"data": np.zeros((9, 3072))}, 2)), "unsigned bytes"),

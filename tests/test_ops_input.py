@@ -78,7 +78,7 @@ def test_wrong_input_names_the_argument(changes, said):
 
 
 def test_one_value_a_channel_is_refused_as_batch_norm_refuses_it():
-    with pytest.raises(ValueError, match="1 value a channel"):
+    with pytest.raises(ValueError, match="1 value per channel"):
         call(x=torch.randn(2, 3, 2, 2), groups=2)
 
 

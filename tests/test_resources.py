@@ -168,7 +168,7 @@ def test_the_command_exits_1_on_a_fault_and_0_without(monkeypatch, capsys):
     assert resources.main() == 1
     printed = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in printed["rows"]] == ["D3 2×128 forward, deferred", "D3 2×128 forward"]
-    fault = ["spills 8 bytes a thread to local memory"]
+    fault = ["spills 8 bytes per thread to local memory"]
     assert printed["failed"] == 2 and all(row["faults"] == fault for row in printed["rows"])
 
 

@@ -73,7 +73,7 @@ def test_names_are_short(name, expected):
 
 def test_faults_are_named():
     assert faults(GOOD, "sm_90") == []
-    assert faults(replace(GOOD, spills=8), "sm_90") == ["spills 8 bytes a thread to local memory"]
+    assert faults(replace(GOOD, spills=8), "sm_90") == ["spills 8 bytes per thread to local memory"]
     assert "static shared memory" in faults(replace(GOOD, shared_bytes=49 << 10), "sm_90")[0]
     assert faults(replace(GOOD, wgmma=0), "sm_90") == ["does not use wgmma"]
     assert faults(replace(GOOD, tma=0), "sm_90") == ["does not load by TMA"]

@@ -165,7 +165,7 @@ def test_exit_codes(monkeypatch, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("--only", "("), "--only (: no regular expression"),
+        (("--only", "("), "--only (: not a regular expression"),
         (("--minutes", "0"), "--minutes 0: it must be positive"),
         (("--tool", "leakcheck"), "invalid choice: 'leakcheck'"),
         (

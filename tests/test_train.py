@@ -60,7 +60,7 @@ def stop_by_signal(tmp_path, cuts, seed):
         if process.returncode == 0:  # it was done already
             break
         assert process.returncode == 128 + number, said
-        assert "Traceback" not in said and "go on with --resume" in said
+        assert "Traceback" not in said and "continue with --resume" in said
         stopped += 1
     assert stopped
     assert run("--resume", tmp_path / "cut", "--log-every", 2) == 0
@@ -125,7 +125,7 @@ def test_epochs_count_the_smaller_last_batch(tmp_path):
 def test_a_finished_run_says_so(tmp_path, capsys):
     assert run(*SMALL, "--steps", 2, "--out", tmp_path / "r") == 0
     assert run("--resume", tmp_path / "r") == 0
-    assert "has its 2 steps already" in capsys.readouterr().err
+    assert "already has its 2 steps" in capsys.readouterr().err
 
 
 def test_default_intervals_follow_a_longer_run(tmp_path):

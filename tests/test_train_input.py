@@ -13,7 +13,7 @@ from dcgan import checkpoint as checkpoints
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("--image-size 48", "--image-size 48 is outside the family"),
+        ("--image-size 48", "--image-size 48 is not supported"),
         ("--batch-size 5000", "--batch-size 5000 is larger than the data"),
         ("--batch-size 0", "--batch-size"),
         ("--steps none", "--steps"),
@@ -31,11 +31,11 @@ from dcgan import checkpoint as checkpoints
         ("--resume .", "not a run directory"),
         ("--frobnicate", "--frobnicate"),
         ("--fused everything", "--fused"),
-        ("--fused --backend eager", "--backend is of --fused modules"),
-        ("--strict", "--strict is of --fused"),
-        ("--fused --no-channels-last", "--no-channels-last: --fused works in channels_last memory alone"),
-        ("--fused --compile", "--compile is of the plain step and of --fused modules"),
-        ("--cuda-graph --device cpu", "--cuda-graph needs a CUDA device, this is cpu"),
+        ("--fused --backend eager", "--backend only applies with --fused modules"),
+        ("--strict", "--strict only applies with --fused"),
+        ("--fused --no-channels-last", "--no-channels-last cannot be combined with --fused"),
+        ("--fused --compile", "--compile cannot be combined with --fused"),
+        ("--cuda-graph --device cpu", "--cuda-graph needs a CUDA device; this is cpu"),
         ("--fused modules --backend cuda --device cpu", "by cuda: the extension"),
         ("--fused modules --backend triton --device cpu", "need a CUDA device"),
     ],
@@ -120,11 +120,11 @@ def test_a_checkpoint_of_another_architecture_or_other_data_is_refused(tmp_path,
     assert run("--resume", tmp_path / "r", "--steps", 4) == 2
     said = capsys.readouterr().err.splitlines()
     assert len([line for line in said if line.startswith("error: ")]) == 1
-    assert {"architecture": "ngf=8", "data": "is not what the run began with"}[what] in said[-1]
+    assert {"architecture": "ngf=8", "data": "differs from the data the run began with"}[what] in said[-1]
 
 
 def test_fewer_steps_than_done_are_refused_and_config_json_stays(finished, capsys):
     before = (finished / "config.json").read_bytes()
     assert run("--resume", finished, "--steps", 1) == 2
-    assert "is at step 2 already" in capsys.readouterr().err
+    assert "is already at step 2" in capsys.readouterr().err
     assert (finished / "config.json").read_bytes() == before

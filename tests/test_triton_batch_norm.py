@@ -152,7 +152,7 @@ def test_merges_are_deterministic():
             lambda y: batch_norm.prepare_merge_statistics(
                 batch_norm.prepare_statistics(y).result, *[y[0, 0, 0]] * 2, rows=1
             ),
-            "1 value a channel",
+            "1 value per channel",
         ),
     ],
 )

@@ -278,7 +278,7 @@ X, WEIGHT, Y = zeros(2, 8, 8, 16), zeros(24, 4, 4, 16), zeros(2, 4, 4, 24)
         (lambda: prepare_conv(X, WEIGHT, precision="fast"), "precision is 'fast'"),
         (lambda: prepare_conv(X, WEIGHT, Epilogue(groups=3)), "groups is 3: it must divide the batch of 2"),
         (lambda: prepare_conv(X, WEIGHT, Epilogue("gelu")), "activation is 'gelu'"),
-        (lambda: prepare_conv(X, WEIGHT, Epilogue("relu", statistics=True)), "statistics=True is of a raw output"),
+        (lambda: prepare_conv(X, WEIGHT, Epilogue("relu", statistics=True)), "statistics=True requires a raw output"),
         (lambda: prepare_conv(X, WEIGHT, Epilogue(saved=Y[:1])), "saved has shape"),
         (lambda: prepare_conv(X, WEIGHT, Epilogue(statistics=True, state=zeros(4, 1, 24))), "tensor and no state"),
         (lambda: prepare_conv(X, WEIGHT, Epilogue("tanh", state=zeros(4, 1, 24))), "activation is 'tanh'"),

@@ -4,7 +4,7 @@
 
 prints one JSON line: `ok` (true: verified and timed; false: failed or wrong; null: nothing was measured), `why` where
 it is not true, and the figures. Weights, batches and results travel in .npz files that hold no objects. JAX is no
-dependency of this project; where it is missing, that is the reason.
+dependency of this project; if it is missing, that is the reason.
 """
 
 import json

@@ -2,7 +2,7 @@
 
     python -m bench.peers.jax_step IN.npz OUT.npz
 
-`bench.peers.jax_peer` writes IN and judges OUT; no torch here, so that the device's memory is JAX's alone. It computes
+`bench.peers.jax_peer` writes IN and judges OUT; no torch here, so that the device's memory is left to JAX. It computes
 what `dcgan.step.ReferenceStep` computes: D on real and on fake with a batch's own statistics each, BCE of logits, Adam,
 then G through the updated D; D takes no weight gradient in G's step, since nothing asks `vjp` for it.
 

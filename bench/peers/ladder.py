@@ -30,7 +30,7 @@ from kernels import dependent
 
 GRAPH_WARMUP = 3
 COMPILE_SECONDS = {"default": 30.0, "max-autotune": 90.0}
-"""About how long a rung's compilation takes, for planning alone: guesses."""
+"""About how long a rung's compilation takes, only for planning: guesses."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ EXAMPLE = RUNGS[0].name
 
 
 def unavailable(rung: Rung, arch: Arch, device: torch.device) -> str | None:
-    """Why `rung` cannot run here; None where it can be tried."""
+    """Why `rung` cannot run here; None if it can be tried."""
     if rung.graph and device.type != "cuda":
         return f"a CUDA graph needs a GPU; the device is {device.type}"
     if (rung.dependent or rung.off == "dependent") and not dependent.able(device):

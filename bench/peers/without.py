@@ -1,6 +1,6 @@
 """The fused step with one of its parts turned off, to measure what each part is worth: an ablation.
 
-`OFF` has a function a part, which changes a `dcgan.fused.FusedStep` over `dcgan.stacks` in place, from outside; the
+`OFF` has one function per part, which changes a `dcgan.fused.FusedStep` over `dcgan.stacks` in place, from outside; the
 step computes the same as before, by more launches:
 
     statistics   batch norm's statistics in a pass over the product's output, not in the product's epilogue

@@ -66,7 +66,7 @@ def pyramid(images: Tensor) -> list[Tensor]:
 
 
 def patches(images: Tensor, seed: int = 0) -> Tensor:
-    """`PATCHES_AN_IMAGE` random patches of each picture: (N · patches, C · 49); the seed alone decides where."""
+    """`PATCHES_AN_IMAGE` random patches of each picture: (N · patches, C · 49); where depends only on the seed."""
     n, channels, height, width = images.shape
     random = torch.Generator().manual_seed(seed)
     rows, columns = (

@@ -31,7 +31,7 @@ T_975 = {2: 4.303, 3: 2.776, 4: 2.447, 5: 2.306, 6: 2.228, 7: 2.179, 8: 2.145, 9
 
 
 def labels_of(images: ImageSet) -> Tensor | None:
-    """The class of each picture: the digits' own, or the folder each picture of a set lies in; None where neither."""
+    """The class of each picture: the digits' own, or the folder each picture of a set lies in; None if neither."""
     if images.source == "digits":
         with np.load(DIGITS, allow_pickle=False) as arrays:
             return torch.from_numpy(arrays["labels"].astype(np.int64))

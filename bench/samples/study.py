@@ -32,7 +32,7 @@ class Study:
         out: folder of the runs.
         steps: of each, at least 4.
         seeds: 1 to 10 runs of each variant.
-        batch_size: images a step.
+        batch_size: images per step.
         device: where they train and are compared.
     """
 
@@ -112,7 +112,7 @@ class Study:
         return named if resumed else [*named, *VARIANTS[variant]]
 
     def check(self, variant: str, seed: int) -> None:
-        """Raise InputError where the folder holds a run of something else, or with other checkpoints."""
+        """Raise InputError if the folder holds a run of something else, or with other checkpoints."""
         run = self.run(variant, seed)
         if not (run / "config.json").exists():
             return

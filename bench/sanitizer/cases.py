@@ -109,7 +109,7 @@ def batch_norm(run: SimpleNamespace, noise: Noise) -> None:
 
 
 def head(run: SimpleNamespace, noise: Noise) -> None:
-    """D's last layer with its loss and gradients, and the loss alone."""
+    """D's last layer with its loss and gradients, and the loss by itself."""
     for channels, dtype in ((64, torch.bfloat16), (24, torch.float32)):
         y, weight = noise(5 * GROUPS, 4, 4, channels, dtype=dtype), noise(1, 4, 4, channels, dtype=dtype)
         state = state_of(noise, channels)

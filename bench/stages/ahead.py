@@ -36,7 +36,7 @@ def step_launches(job: Job, name: str | None = None) -> list:
 
     Args:
         job: which step.
-        name: of the device whose tuned table chooses the tiles; the defaults where None.
+        name: of the device whose tuned table chooses the tiles; None: the defaults.
     """
     from kernels._triton.launch import Launch
     from kernels.launchers import launchers

@@ -1,4 +1,4 @@
-"""Sampling: how many images a second a trained generator makes.
+"""Sampling: how many images per second a trained generator makes.
 
 Ours is `dcgan.sampling.Sampler`, beside the generator as PyTorch runs it: as it is loaded, float32 (`generator`), and
 at its best, in the device's faster precision, channels_last, and on a GPU as one CUDA graph. Noise is drawn beforehand,

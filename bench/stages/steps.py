@@ -1,5 +1,5 @@
 """The suite's stage `step`: ours beside the example and the best peer over batches, image sizes and widths; each part
-of the fused step turned off alone; sampling; and the whole run of PyTorch's tutorial."""
+of the fused step turned off by itself; sampling; and the whole run of PyTorch's tutorial."""
 
 import time
 from collections.abc import Callable, Iterator

@@ -44,7 +44,7 @@ def pictures(path: Path, arch: Arch, count: int) -> Path:
 
 def tutorial(bench: Bench, seconds: float, count: int, batch: int = BATCH, epochs: int = EPOCHS) -> None:
     """One row: `train_seconds`, as the run's metrics have them (samples and checkpoints left out), `process_seconds`,
-    the steps, and images a second: of the whole training, and the median of its intervals."""
+    the steps, and images per second: of the whole training, and the median of its intervals."""
     name, until = f"tutorial/{count}x{epochs}", time.monotonic() + seconds
     about: dict[str, Any] = {"batch": batch, "group": "tutorial", "ours": "fused", "pictures": "random bytes"}
     if bench.plan.device.type == "cuda" and seconds < SECONDS:

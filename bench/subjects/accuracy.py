@@ -75,7 +75,7 @@ class Subject:
 def excess(ours: Tensor, twin: Tensor, oracle: Tensor, slack: float | None = None) -> float:
     """The error over what is allowed, 2·|twin − oracle| + slack: right up to 1; infinite for NaN or a wrong shape.
 
-    The slack is two units in the last place of the oracle's largest element, in ours' type, where None.
+    The slack is two units in the last place of the oracle's largest element, in ours' type (for None).
     """
     if ours.shape != oracle.shape:
         return math.inf
@@ -108,7 +108,7 @@ def sums_slack(oracle: Outputs, pixels: int, largest: float) -> dict[str, float]
 
 
 def verify(subject: Subject, recipe: str) -> tuple[float, str | None]:
-    """Run `recipe` once: the largest `excess` of its outputs, and why it is wrong, None where it is right.
+    """Run `recipe` once: the largest `excess` of its outputs, and why it is wrong, None if it is right.
 
     What it raises is its caller's to report.
     """
@@ -138,7 +138,7 @@ def runnable(recipes: tuple[str, ...], device: torch.device, precision: str, ker
 
 
 class Noise:
-    """Reproducible random tensors on a device, in the type of a precision; on `meta`, shapes alone."""
+    """Reproducible random tensors on a device, in the type of a precision; on `meta`, only shapes."""
 
     def __init__(self, device: torch.device, precision: str, seed: int = 0):
         self.device, self.dtype = torch.device(device), DTYPES[precision]

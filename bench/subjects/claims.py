@@ -33,7 +33,7 @@ FAMILY = {
 class Check:
     """One row to be.
 
-    run: returns why it is wrong, None where it is right, and figures. jobs: what it needs compiled, as arguments of
+    run: returns why it is wrong, None if it is right, and figures. jobs: what it needs compiled, as arguments of
     `bench.tuning.lab.launches_of`.
     """
 

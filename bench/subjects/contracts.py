@@ -1,7 +1,7 @@
 """What a public op promises beside its numbers: the same bits each time, registration, compilation, graph capture.
 
 Each function takes a work of `bench.subjects.layers` or `bench.subjects.whole` and a recipe, and returns why the
-promise is broken, None where it is kept. They run on any device but for the capture, which needs CUDA graphs (not yet
+promise is broken, None if it is kept. They run on any device but for the capture, which needs CUDA graphs (not yet
 run on a GPU).
 """
 

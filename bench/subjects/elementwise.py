@@ -1,6 +1,6 @@
 """The kernels of a step that are neither product nor public op as subjects: batch norm's six, and D's head.
 
-Every backend has launchers of the same names (`kernels.launchers`), so one function a kernel serves them all,
+Every backend has launchers of the same names (`kernels.launchers`), so one function per kernel serves them all,
 the twin (`kernels.reference`) and, on tensors in float64, the oracle.
 """
 

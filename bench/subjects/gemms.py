@@ -125,7 +125,7 @@ def off_the_kink(values: Tensor, z: Tensor, precision: str) -> Tensor:
 
 
 def merged(partials: Partials | None, mode: str) -> Outputs:
-    """What the tiles left, as one tile a group would have it: by Chan's formula, in float64."""
+    """What the tiles left, as one tile per group would have it: by Chan's formula, in float64."""
     if partials is None:
         return {}
     values = partials.values.double()

@@ -215,7 +215,7 @@ def other_problems(arch: Arch, batch: int, precision: str = "bf16") -> Iterator[
 
 
 def _gradient_use(before: Layer | None, groups: int, weights: bool) -> Use | None:
-    """The epilogue of a gradient by a layer's input; None where nobody wants that one. D's own input is an image, whose
+    """The epilogue of a gradient by a layer's input; None if nobody wants that one. D's own input is an image, whose
     gradient a frozen D hands on to G, through the tanh that made it."""
     if before is None:
         return None if weights else Use("activation_grad", "tanh")

@@ -1,7 +1,7 @@
 """Which tiles a search tries for a product: rules that respect shared memory and registers. Nothing is compiled here.
 
 A tile of rows × columns keeps rows·columns / (32·warps) accumulators in each thread's registers, of which there are
-255; it loads (rows + columns) · depth elements a step into each stage's shared memory. The rules keep the former from
+255; it loads (rows + columns) · depth elements per step into each stage's shared memory. The rules keep the former from
 `FEWEST` to `MOST` and the latter within the device's limit, and leave out tiles that are mostly empty.
 """
 

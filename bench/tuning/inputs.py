@@ -1,4 +1,4 @@
-"""Whether a layer had better apply the batch norm of its input as it loads it, or find it applied by a launch before.
+"""Whether a layer should apply the batch norm of its input as it loads it, or find it applied by a launch before.
 
 Both ways run the products as a step does, on the tiles that are in use: the forward pass of a map that was just
 written, and the weight gradient, when the map has long left the cache, by itself. Not yet run on a GPU.

@@ -131,14 +131,14 @@ def arch_of_device(device: torch.device) -> int:
 
 
 def compile_fault(found: list[dict[str, int]] | str, arch: int) -> str | None:
-    """Why a compiled candidate may not ship; None where it may."""
+    """Why a compiled candidate may not ship; None if it may."""
     from kernels._triton.config import SHARED_LIMIT_BYTES
 
     if isinstance(found, str):
         return found
     for resources in found:
         if resources["spills"]:
-            return f"spills {resources['spills']} bytes a thread"
+            return f"spills {resources['spills']} bytes per thread"
         if resources["shared_bytes"] > SHARED_LIMIT_BYTES[arch]:
             return f"takes {resources['shared_bytes']} bytes of shared memory"
     return None
@@ -147,7 +147,7 @@ def compile_fault(found: list[dict[str, int]] | str, arch: int) -> str | None:
 def run_fault(
     name: str, subjects: Sequence[Subject], recipe: str, device: torch.device, journal: Journal
 ) -> str | None:
-    """Run a recipe of some subjects once: why it is wrong, None where it is right. `name` is what the journal is told,
+    """Run a recipe of some subjects once: why it is wrong, None if it is right. `name` is what the journal is told,
     so that what ends the process is not run again."""
     if name in journal.blamed:
         return "it ended the process the last time"

@@ -70,7 +70,7 @@ class Compiler:
 
     Args:
         arch: compute capability, 90 for 9.0.
-        workers: processes; as many as cores where None. They are spawned, as a process with CUDA cannot be forked.
+        workers: processes; None: as many as cores. They are spawned, as a process with CUDA cannot be forked.
     """
 
     def __init__(self, arch: int, workers: int | None = None):
@@ -116,7 +116,7 @@ DIED = "the compiler's process died"
 
 
 def available() -> str | None:
-    """Why nothing can be compiled ahead here; None where it can."""
+    """Why nothing can be compiled ahead here; None if it can."""
     if sys.platform != "linux":
         return "Triton compiles on Linux"
     if os.environ.get("TRITON_INTERPRET") == "1":

@@ -24,7 +24,7 @@ class Lab(Protocol):
     """What a search asks of a device, for one shape at a time; recipes are names of candidates, `library` or `cuda`."""
 
     def check(self, recipe: str) -> str | None:
-        """Why what the recipe computes is wrong; None where it is right."""
+        """Why what the recipe computes is wrong; None if it is right."""
 
     def time_us(self, recipes: Sequence[str], rounds: int) -> Mapping[str, float]:
         """Microseconds of each, taken beside each other."""
@@ -34,7 +34,7 @@ class Lab(Protocol):
 class Choice:
     """What a search came to.
 
-    recipe: the fastest right one; None where none is right. us: its time; `library_us` and `cuda_us` those of the
+    recipe: the fastest right one; None if none is right. us: its time; `library_us` and `cuda_us` those of the
     library and the extension, where they ran. rejected: why others were not timed, by name. timed: how many were.
     """
 
@@ -89,7 +89,7 @@ class Table:
         sources: what its tiles are measured from, a hash; it stands in each of them.
 
     Raises:
-        ValueError: the file is of another device, or no table.
+        ValueError: the file is of another device, or not a table.
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any], sources: str):
@@ -98,7 +98,7 @@ class Table:
         if path.exists():
             held = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(held, dict) or held.get("device") != header["device"]:
-                raise ValueError(f"{path} is of another device than {header['device']}, or no tuned table")
+                raise ValueError(f"{path} is not a tuned table of {header['device']}")
             self.data |= {section: held.get(section, {}) for section in self.data}
 
     def has(self, kernel: str, key: str, precision: str, images: int) -> bool:
@@ -130,14 +130,14 @@ class Table:
         return self.data["measured"].get(name, {}).get("sources") == stamp
 
     def put_input(self, read: Read, way: str, times: Mapping[str, float], stamp: str) -> None:
-        """Store who had better apply the batch norm of a layer's input, `applied` or `deferred`, and write."""
+        """Store who should apply the batch norm of a layer's input, `applied` or `deferred`, and write."""
         place = self.data["inputs"].setdefault(read.kind, {}).setdefault(read.key, {})
         place.setdefault(read.precision, {})[str(read.images)] = way
         self.data["measured"][read.name] = {"us": dict(times), "sources": stamp}
         self.write()
 
     def put_launch(self, name: str, precision: str, images: int, way: str, times: Mapping[str, float]) -> None:
-        """Store how a step's kernels had better be launched, `plain` or `dependent`, and write."""
+        """Store how a step's kernels should be launched, `plain` or `dependent`, and write."""
         place = self.data["launch"].setdefault("step", {}).setdefault("any", {}).setdefault(precision, {})
         place[str(images)] = way
         self.data["measured"][name] = {"us": dict(times), "sources": self.sources}

@@ -73,7 +73,7 @@ def _spots(images: np.ndarray) -> str:
 
 
 def read(folder: Path, key: str) -> Entry | None:
-    """An entry, or None where there is none that is whole."""
+    """An entry, or None if there is none that is whole."""
     try:
         known = json.loads((folder / f"{key}.json").read_text())
         images = np.load(folder / f"{key}.npy", mmap_mode="r", allow_pickle=False)

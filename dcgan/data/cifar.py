@@ -58,7 +58,7 @@ class _Array:
         _, shape, dtype, column_major, data = state
         data = data.encode("latin-1") if isinstance(data, str) else data
         if not isinstance(dtype, _Dtype) or dtype.name not in ("u1", "|u1"):
-            raise pickle.UnpicklingError("an array of something else than unsigned bytes")
+            raise pickle.UnpicklingError("an array of something other than unsigned bytes")
         self.data = np.frombuffer(data, np.uint8).reshape(shape, order="F" if column_major else "C")
 
 
@@ -80,7 +80,7 @@ class _Name:
 def _encoded(text: str, encoding: str) -> bytes:
     """What `_codecs.encode` is in a pickle: Python 3 writes bytes so for readers of protocol 2."""
     if not isinstance(text, str) or encoding != "latin1":
-        raise pickle.UnpicklingError("_codecs.encode of something else than bytes")
+        raise pickle.UnpicklingError("_codecs.encode of something other than bytes")
     return text.encode("latin-1")
 
 
@@ -103,7 +103,7 @@ class BatchUnpickler(pickle._Unpickler):
         items = self.pop_mark()
         for key, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(key, (str, bytes)):  # sixty nested tuples take years to hash
-                raise pickle.UnpicklingError("a key that is no string")
+                raise pickle.UnpicklingError("a key that is not a string")
             self.stack[-1][key] = value
 
     def load_setitem(self) -> None:
@@ -134,10 +134,10 @@ def _binary(file: BinaryIO) -> np.ndarray:
     """Records of a label, 0 to 9, and the pixels."""
     data = np.frombuffer(file.read(BATCH_CAP), np.uint8)
     if not data.size or data.size % (PIXELS + 1):
-        raise ValueError(f"{data.size} bytes are not a number of records of {PIXELS + 1}; is it cut off?")
+        raise ValueError(f"{data.size} bytes are not a whole number of {PIXELS + 1}-byte records; is the file cut off?")
     records = data.reshape(-1, PIXELS + 1)
     if records[:, 0].max() > 9:
-        raise ValueError(f"a label {records[:, 0].max()}, where 0 to 9 belong")
+        raise ValueError(f"the label {records[:, 0].max()} is outside 0 to 9")
     return records[:, 1:]
 
 
@@ -214,8 +214,6 @@ def open_archive(path: Path, name: str, where: str) -> ArraySource:
         for names in (PYTHON, BINARY):
             if all(name in batches for name in names):
                 return _pictures([batches[name] for name in names])
-        raise InputError(
-            f"--data {where}: none of CIFAR-10's forms; accepted are {PYTHON[0]} … 5 or {BINARY[0]} … 5.bin"
-        )
+        raise InputError(f"--data {where}: not a form of CIFAR-10; accepted are {PYTHON[0]} … 5 or {BINARY[0]} … 5.bin")
 
     return ArraySource(name, where, [path], load)

@@ -40,11 +40,13 @@ def _load(path: Path, where: str) -> np.ndarray:
                 check_ratio(where, size, packed)
             pixels = file.read(size + 1) if promised else b""
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"--data {where}: {path.name} cannot be read ({shown(error)}); is it cut off?") from error
+        raise InputError(
+            f"--data {where}: {path.name} cannot be read ({shown(error)}); is the file cut off?"
+        ) from error
     if len(pixels) != size:
         raise InputError(
             f"--data {where}: {path.name} promises {shape[0]} pictures of {shape[1]}×{shape[2]} and "
-            f"{'goes on after them' if len(pixels) > size else 'is cut off'}; give the whole file"
+            f"{'has data after them' if len(pixels) > size else 'is cut off'}; give the whole file"
         )
     return np.frombuffer(pixels, np.uint8).reshape(*shape, 1)
 

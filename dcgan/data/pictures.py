@@ -80,7 +80,7 @@ def list_folder(root: Path) -> Listing:
 
 
 def _refusal(member: zipfile.ZipInfo, name: str) -> str | None:
-    """Why a member is not read; None where it is."""
+    """Why a member is not read; None if it is."""
     if name.startswith("/") or ".." in name.split("/") or name[1:2] == ":":
         return "its name leads out of the archive"
     if member.compress_type not in (decode.STORED, decode.DEFLATED):

@@ -39,7 +39,7 @@ class Worker:
 
     def _start(self) -> None:
         command = [sys.executable, "-P", "-W", "ignore", decode.__file__, json.dumps(self.arguments)]
-        # A session of its own: a terminal's Ctrl-C goes to the parent alone, which then closes the worker. No stderr:
+        # A session of its own: a terminal's Ctrl-C goes only to the parent, which then closes the worker. No stderr:
         # libtiff writes a line there for each damaged row.
         pipe, null = subprocess.PIPE, subprocess.DEVNULL
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, start_new_session=True)

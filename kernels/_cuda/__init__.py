@@ -62,13 +62,13 @@ if _MISSING and LIBRARY.exists():
 
 
 def available() -> str | None:
-    """Why the extension cannot be used, whatever the device; None where it can."""
+    """Why the extension cannot be used, whatever the device; None if it can."""
     return _MISSING
 
 
 @functools.cache
 def _fails_on(index: int) -> str | None:
-    """Why a launch of the smallest kernel fails on a device; None where it does not."""
+    """Why a launch of the smallest kernel fails on a device; None if it does not."""
     from kernels._cuda.batch_norm import merge_sums
     from kernels.geometry import Partials
 
@@ -80,12 +80,12 @@ def _fails_on(index: int) -> str | None:
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the extension's kernels cannot run on tensors of this device and type; None where they can."""
+    """Why the extension's kernels cannot run on tensors of this device and type; None if they can."""
     if _MISSING:
         return _MISSING
     if device.type != "cuda":
-        return f"the extension's kernels need a CUDA device, the tensor is on {device.type}"
+        return f"the extension's kernels need a CUDA device; the tensor is on {device.type}"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         name = str(dtype).removeprefix("torch.")
-        return f"the extension's kernels take bfloat16, float16 and float32, the tensor is {name}"
+        return f"the extension's kernels take bfloat16, float16 and float32; the tensor is {name}"
     return _fails_on(torch.cuda.current_device() if device.index is None else device.index)

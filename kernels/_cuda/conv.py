@@ -36,13 +36,13 @@ PRECISIONS = ("ieee", "tf32")
 
 
 def missing(kernel: str, first: Tensor, second: Tensor, epilogue: Epilogue | None = None) -> str | None:
-    """Why the extension has no kernel for a call of `kernel`, `conv`, `conv_transpose` or `wgrad`; None where it has.
+    """Why the extension has no kernel for a call of `kernel`, `conv`, `conv_transpose` or `wgrad`; None if it has one.
 
     Args:
         first, second: its two tensors: x and weight, or low and high.
     """
     if epilogue and epilogue.mode == "batch_norm":
-        return "a batch norm of known statistics: the extension's epilogues apply none"
+        return "batch norm with known statistics: the extension's epilogues do not apply it"
     low, high = (second.shape[0], second.shape[3]) if kernel != "wgrad" else (first.shape[3], second.shape[3])
     reason = image.missing(high, low, kernel)
     if reason is None or high <= max(image.IMAGE_CHANNELS):
@@ -59,7 +59,7 @@ def missing(kernel: str, first: Tensor, second: Tensor, epilogue: Epilogue | Non
 
 
 def source(tensor: Tensor) -> str:
-    """Which source's kernels the tensor's device runs, `sm90` or `sm80`; `sm90` where there is no GPU."""
+    """Which source's kernels the tensor's device runs, `sm90` or `sm80`; `sm90` if there is no GPU."""
     gpu = tensor.device.type == "cuda"
     return "sm80" if gpu and torch.cuda.get_device_capability(tensor.device)[0] != 9 else "sm90"
 
@@ -124,9 +124,9 @@ def conv(
     Args:
         x: (N, 2H, 2W, C) bfloat16, float16 or float32, contiguous.
         weight: (O, 4, 4, C) of x's dtype, contiguous: the layout that all products of a layer share.
-        epilogue: what happens to the accumulator; kept as it is where None.
-        precision: of float32 products: `ieee`, or `tf32`, which allows less and is not made use of.
-        config: the tile on the tensor cores; a default where None.
+        epilogue: what happens to the accumulator; None: kept as it is.
+        precision: of float32 products: `ieee`, or `tf32`, which permits less precision and is not used.
+        config: the tile on the tensor cores; None: a default.
 
     Returns:
         y (N, H, W, O) of x's dtype, and where the epilogue takes sums the tiles' `Partials`, or what its `merge` makes
@@ -171,7 +171,7 @@ def wgrad(
     Args:
         config: the tile on the tensor cores, of low channels. The blocks of a cluster, at most four, have the same
             pixels and other taps.
-        pending: takes the shares that are left to be added up; they are added here where None.
+        pending: takes the shares that are left to be added up; None: they are added here.
     """
     _check("wgrad", low, high, None, precision)
     if high.shape[3] in image.IMAGE_CHANNELS:

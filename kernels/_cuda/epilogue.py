@@ -54,20 +54,20 @@ def output(out: Tensor | None, shape: tuple[int, ...], like: Tensor, dtype: torc
 
 
 def check_epilogue(epilogue: Epilogue, out: Tensor, images: int) -> None:
-    """Raise ValueError where the epilogue does not fit an output (N, H, W, C), naming the argument."""
+    """Raise ValueError if the epilogue does not fit an output (N, H, W, C), naming the argument."""
     if epilogue.groups < 1 or images % epilogue.groups:
         raise ValueError(f"groups is {epilogue.groups}: it must divide the batch of {images}")
     if epilogue.activation not in ("none", "relu", "leaky_relu", "tanh"):
         raise ValueError(f"activation is {epilogue.activation!r}: accepted are none, relu, leaky_relu and tanh")
     if epilogue.statistics and (epilogue.activation != "none" or epilogue.saved is not None):
-        raise ValueError("statistics=True is of a raw output: it takes activation='none' and no saved tensor")
+        raise ValueError("statistics=True requires a raw output: activation='none' and no saved tensor")
     if epilogue.merge is not None and not epilogue.sums:
         raise ValueError(
-            "merge is given where the epilogue takes no sums: it needs statistics=True, or saved and state"
+            "merge is given, but the epilogue takes no sums: merge needs statistics=True, or saved and state"
         )
     if epilogue.state is not None:
         if epilogue.saved is None:
-            raise ValueError("state is given without saved: the extension's epilogues apply no batch norm")
+            raise ValueError("state is given without saved: the extension's epilogues do not apply batch norm")
         if epilogue.activation == "tanh":
             raise ValueError("activation is 'tanh': after batch norm, accepted are none, relu and leaky_relu")
         check_tensor("state", epilogue.state, (4, epilogue.groups, out.shape[3]), torch.float32, out)
@@ -102,7 +102,7 @@ def merging(epilogue: Epilogue, values: Tensor | None, rows: int, columns: int) 
     if merge.tracked is not None:
         check_tensor("merge.tracked", merge.tracked, (), torch.int64, values)
     if epilogue.statistics and rows == 1:
-        raise ValueError("a group has 1 value a channel: training-mode batch norm needs at least 2")
+        raise ValueError("a group has 1 value per channel: training-mode batch norm needs at least 2")
     rounds = -(-tiles // TOGETHER)
     workspace = values.new_empty((2, groups, rounds, channels)), values.new_empty((groups, rounds))
     zeros = tickets(values, -(-channels // columns) * (1 + groups * rounds))

@@ -1,4 +1,4 @@
-"""D's head by the extension: its last layer with loss and both gradients, and the loss alone; csrc/head.cu."""
+"""D's head by the extension: its last layer with loss and both gradients, and the loss by itself; csrc/head.cu."""
 
 from collections.abc import Sequence
 

@@ -22,13 +22,13 @@ BOX_PIXELS, BOX_WIDTHS = 256, (8, 16, 32)
 
 
 def missing(image_channels: int, channels: int, kind: str) -> str | None:
-    """Why these kernels do not serve a product (`conv`, `conv_transpose`, `wgrad`); None where they do."""
+    """Why these kernels do not serve a product (`conv`, `conv_transpose`, `wgrad`); None if they do."""
     if image_channels not in IMAGE_CHANNELS:
-        return f"{image_channels} image channels: the kernels of RGB ends take 1, 3 and 4"
+        return f"{image_channels} image channels: the image kernels take 1, 3 and 4"
     if channels % 8:
-        return f"{channels} channels: the kernels of RGB ends take multiples of 8"
+        return f"{channels} channels: the image kernels take multiples of 8"
     if kind == "conv_transpose" and channels > MOST_CHANNELS:
-        return f"{channels} channels: the transposed convolution onto an image takes {MOST_CHANNELS} at most"
+        return f"{channels} channels: the transposed convolution onto an image takes at most {MOST_CHANNELS}"
     return None
 
 

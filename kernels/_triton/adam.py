@@ -26,9 +26,9 @@ def overflow_kernel(table, blocks, flags, BLOCK: tl.constexpr, DEPENDENT: tl.con
     """flags[1] ← 1 where any gradient is infinite or NaN.
 
     Tile: BLOCK elements of one tensor, as in `adam_kernel`.
-    Bytes: 4 an element.
-    Compares alone.
-    Beats a pass a tensor and a question from the host; only a float16 step, whose gradients are scaled, pays for it.
+    Bytes: 4 per element.
+    Only compares.
+    Beats a pass per tensor and a read-back by the host; only a float16 step, whose gradients are scaled, pays for it.
     """
     after_previous(DEPENDENT)
     pid = tl.program_id(0)
@@ -50,9 +50,9 @@ def adam_kernel(
 
     Tile: BLOCK elements of one tensor; `blocks` says of which, and from where on. The last program to finish counts the
         step, and moves the loss scale.
-    Bytes: 30 an element: p, m, v read and written, g read, the copy written.
+    Bytes: 30 per element: p, m, v read and written, g read, the copy written.
     Computes in fp32; the bias corrections in fp64, since 1 − 0.999ᵗ in fp32 has four digits at t = 1.
-    Beats a launch a tensor, and the cast of every weight that would follow.
+    Beats one launch per tensor, and the cast of every weight that would follow.
     """
     after_previous(DEPENDENT)
     pid = tl.program_id(0)
@@ -154,7 +154,7 @@ def prepare_adam(
 
 
 def logarithm(beta: float) -> float:
-    """log β; for 0 a number that every power of it is 0 by."""
+    """log β; for β = 0 a large negative number, so that every power βᵗ is 0."""
     return math.log(beta) if beta else -1e9
 
 
@@ -170,10 +170,10 @@ def adam(
             unless the update is skipped.
         lr, betas, eps: the usual; a CUDA graph keeps those of its capture.
         loss_scale: (3,) float32 on the device: the factor that the gradients carry, the steps since it moved, and the
-            overflows since then; none where None. With it a launch more looks at every gradient first: where one is
-            infinite or NaN the update is skipped, else it takes gradients / scale, the stored ones staying as they are.
-        move_scale: then let the scale move: halved after an overflow, doubled after 2000 steps without, as
-            torch.amp.GradScaler. False for all but the last network of a step that share a scale.
+            overflows since then; None: no scale. With it a first launch looks at every gradient: if one is infinite
+            or NaN the update is skipped, else it takes gradients / scale, and the stored ones stay as they are.
+        move_scale: whether the scale then moves: halved after an overflow, doubled after 2000 steps without, as in
+            torch.amp.GradScaler. False for all but the last of the networks that share a scale in a step.
 
     Raises:
         ValueError: an argument that does not fit, by name.

@@ -58,7 +58,7 @@ def statistics_kernel(
     Tile: BR pixels by BC channels of one group.
     Bytes: y once.
     Accumulates in fp32, about the tile's own mean.
-    Beats the library by nothing: for outputs of a library's GEMM, which has no epilogue of ours.
+    Does not beat the library: it serves outputs of a library's GEMM, which has no epilogue of ours.
     """
     after_previous(DEPENDENT)
     group, tile, offsets, mask, c, valid = locate(rows, tiles, C, BR, BC)
@@ -85,8 +85,8 @@ def merge_statistics_kernel(
 ):  # fmt: skip
     """mean, rstd, scale and shift of each group from its tiles; running ← (1 − momentum)·running + momentum·new.
 
-    Tile: BC channels, all groups in turn (the running statistics move once a group, in order), BT tiles at a time.
-    Bytes: 8 a tile and channel, out of L2 as they were just written.
+    Tile: BC channels, all groups in turn (the running statistics move once per group, in order), BT tiles at a time.
+    Bytes: 8 per tile and channel, out of L2 as they were just written.
     Accumulates in fp32 by Chan's formula, in tile order: the same bits each run.
     Beats the library by reading the partials and not the tensor, which is hundreds of times larger.
     """
@@ -108,7 +108,7 @@ def apply_kernel(
     Tile: BR pixels by BC channels of one group.
     Bytes: y and out once, 16-byte vectors.
     Computes in fp32, rounded once.
-    Beats the library's three kernels (statistics, apply, activation) by being the one that is left.
+    Beats the library's three kernels (statistics, apply, activation) by being the only one left.
     """
     after_previous(DEPENDENT)
     group, _, offsets, mask, c, _ = locate(rows, tiles, C, BR, BC)
@@ -170,7 +170,7 @@ def merge_statistics(
     Args:
         partials: of `conv`, `conv_transpose` or `statistics`.
         weight, bias: batch norm's own, (C,) float32.
-        running_mean, running_var: (C,) float32, moved in place once a group, in order, with the unbiased variance.
+        running_mean, running_var: (C,) float32, moved in place once per group, in order, with the unbiased variance.
         tracked: `num_batches_tracked`, () int64, grows by the number of groups.
         eps, momentum: as in BatchNorm2d.
         rows: pixels of a group where the caller knows: 1 is refused, as BatchNorm2d refuses it.

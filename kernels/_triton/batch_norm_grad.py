@@ -60,7 +60,7 @@ def merge_sums_kernel(
     """∂weight = Σg·x̂ and ∂bias = Σg over all groups; Σg/n and Σg·x̂/n of each.
 
     Tile: BC channels, all groups in turn, BT tiles at a time.
-    Bytes: 8 a tile and channel, out of L2.
+    Bytes: 8 per tile and channel, out of L2.
     Accumulates in fp32, in an order fixed by the grid: the same bits each run.
     Beats a second pass over the tensors, as merge_statistics does.
     """
@@ -149,7 +149,7 @@ def merge_sums(
     Args:
         partials: of a `batch_norm_grad` epilogue or of `activation_grad`.
         rows: pixels of one group, images × height × width.
-        out: where the two gradients go; new tensors where None.
+        out: where the two gradients go; None: new tensors.
     """
     return prepare_merge_sums(partials, rows, out).run()
 

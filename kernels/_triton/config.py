@@ -1,4 +1,4 @@
-"""Tiles: what one program owns, and which tile a layer gets where nothing has been tuned. No Triton and no torch here.
+"""Tiles: what one program owns, and which tile a layer gets if nothing has been tuned. No Triton and no torch here.
 
 The defaults follow three rules, in this order: a tile as large as the registers allow, since a program loads
 (rows + columns) × depth to do rows × columns × depth multiplications; enough tiles that every SM has one; all of it in
@@ -20,7 +20,7 @@ WGRAD_TILES = ((128, 128, 1), (128, 128, 2), (128, 256, 1), (128, 64, 1), (128, 
 """Rows, columns and taps of a 16-bit weight gradient's tiles on TMA; none spills (`bench.resources`)."""
 
 IMAGE_CHANNELS = 4
-"""Up to so many output channels `conv_transpose` is onto an image, which has a kernel of its own."""
+"""With up to this many output channels `conv_transpose` is onto an image, which has a kernel of its own."""
 
 PHASES = {"conv": 1, "conv_transpose": 4}
 
@@ -145,7 +145,7 @@ def conv_config(
 
 
 def inner(size: int, box: int) -> int:
-    """Of a box's side, the pixels whose neighbours it holds: all where the picture ends with it, else all but a rim."""
+    """How many pixels along a box's side have their neighbours in it: all if it spans the picture, else all but two."""
     return box if size <= box else box - 2
 
 
@@ -174,7 +174,7 @@ def image_config(height: int, width: int, into: int, itemsize: int, arch: int, t
 def wgrad_config(
     images: int, height: int, width: int, low: int, high: int, itemsize: int, arch: int, tensor_cores: bool = True
 ) -> WgradConfig:
-    """The default tile of a weight gradient, that moves least; arguments as above, `images` being all of them."""
+    """The default tile of a weight gradient, the one that moves least; arguments as above, `images` being all."""
     tma = tensor_cores and arch >= 90 and tma_fits((low, high), itemsize)
     flat = not tma and high < FLAT_CHANNELS
     if tma and itemsize == 2:

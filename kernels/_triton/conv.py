@@ -28,7 +28,7 @@ def conv_kernel(
 
     Tile: a box of BI×BH×BW output pixels by BN channels; the reduction, BK at a time, is 16 taps of C channels each,
         or, FLAT, all 16·C in one row (an image's few channels would leave most of BK empty, tap by tap).
-    Bytes: x, w and y once from memory; from L2 x ⌈CO/BN⌉·4 times and w once a row of tiles.
+    Bytes: x, w and y once from memory; from L2 x ⌈CO/BN⌉·4 times and w once per row of tiles.
     Accumulates in fp32, which the epilogue sees before it is rounded.
     Beats the library by what does not follow: statistics, activation and derivative cost no pass over memory.
     """
@@ -98,7 +98,7 @@ def prepare_conv(
     x: Tensor | Deferred, weight: Tensor, epilogue: Epilogue | None = None, precision: str = "ieee",
     config: ConvConfig | None = None, arch: int | None = None,
 ) -> Job:  # fmt: skip
-    """The job of `conv`; see there. The default tile is that of capability `arch`, the device's own where None."""
+    """The job of `conv`; see there. The default tile is that of capability `arch` (None: the device's own)."""
     epilogue, given = epilogue or Epilogue(), x
     x = check_input("x", given, groups=epilogue.groups)
     images, height, width, into = x.shape
@@ -125,7 +125,7 @@ def prepare_conv(
         on_tensor_cores(x, precision),
     )
     if c.tma and (into % c.depth or into * x.element_size() % 16):
-        raise ValueError(f"{c} is of TMA loads: {into} channels must be a multiple of depth and of 16 bytes")
+        raise ValueError(f"tile {c} uses TMA: {into} channels must be a multiple of depth and of 16 bytes")
     tiles = cdiv(per_group, c.images) * cdiv(h, c.height) * cdiv(w, c.width)
     partials = empty_partials(epilogue, tiles, y)
     box = (c.images, c.height, c.width)
@@ -157,10 +157,10 @@ def conv(
             and activation, in as many groups as the epilogue has.
         weight: (O, 4, 4, C) of x's dtype, contiguous: a Conv2d's weight (O, C, 4, 4), or for its data gradient a
             ConvTranspose2d's (in, out, 4, 4), in channels_last memory and permuted by (0, 2, 3, 1). This one layout
-            serves every pass of a layer, so weights are packed once an update, by a cast alone.
-        epilogue: what happens to the accumulator; kept as it is where None.
+            serves every pass of a layer, so weights are packed once per update, by a mere cast.
+        epilogue: what happens to the accumulator; None: kept as it is.
         precision: of float32 products: `ieee`, or `tf32` (tensor cores).
-        config: the tile; a default where None.
+        config: the tile; None: a default.
 
     Returns:
         y (N, H, W, O) of x's dtype, and the tiles' `Partials` where the epilogue takes sums, or what became of them

@@ -119,7 +119,7 @@ def prepare_conv_transpose(
         on_tensor_cores(x, precision),
     )
     if c.tma and (into * x.element_size() % 16 or channels * x.element_size() % 16):
-        raise ValueError(f"{c} is of TMA loads: {into} and {channels} channels must be multiples of 16 bytes")
+        raise ValueError(f"tile {c} uses TMA: {into} and {channels} channels must be multiples of 16 bytes")
     boxes = cdiv(per_group, c.images) * cdiv(h, c.height) * cdiv(w, c.width)
     partials = empty_partials(epilogue, boxes * 4, y)
     arguments = {
@@ -153,7 +153,7 @@ def conv_transpose(
             gradient a Conv2d's (out, in, 4, 4), in channels_last memory and permuted by (0, 2, 3, 1): the layout
             that `conv` and `wgrad` have too. Its rows are read along O, which wgmma takes as it is in 16 bits.
         epilogue, precision, config: as for `conv`.
-        out: where y goes; a new tensor where None.
+        out: where y goes; None: a new tensor.
 
     Returns:
         y (N, 2H, 2W, O) of x's dtype, and the tiles' `Partials` or what became of them, as of `conv`.

@@ -1,9 +1,28 @@
 """conv_transpose k4 s2 p1 onto an image: a generator's last layer, and the gradient of the images that D's first read.
 
 With 1 to 4 output channels a phase would fill a quarter of the narrowest tensor-core tile, and its taps would load each
-pixel nine to sixteen times for products that take no time. So the product comes first: each pixel by all of the weight,
-once. An output is then the sum of four of these products, of its own pixel and of three neighbours, which lie in the
-same tile: the tile has a rim of one pixel wherever the picture goes on.
+pixel nine to sixteen times for products that take next to no time. So the product comes first: each pixel by all of the
+weight, once. An output is then the sum of four of these products, of its own pixel and of three neighbours, which lie
+in the same tile: the tile has a rim of one pixel wherever the picture goes on.
+
+Input pixel (i, j) owns the 2×2 outputs (2i+p, 2j+q), p and q in {0, 1}, one at each of its corners. Output (p, q) adds
+a product of each of the four pixels that meet at its corner. For (0, 0), and with the names in the kernel, those are
+
+             j−1         j
+         +---------+---------+
+    i−1  | corner  |  above  |       corner   a = 1, b = 1: the pixel across the corner
+         +---------+---------+       above    a = 1, b = 0: one row towards the corner, i + s
+      i  |  left   |0,0 :0,1 |       left     a = 0, b = 1: one column towards the corner, j + t
+         |         |....:....|       z        a = 0, b = 0: the pixel itself, shown with its four outputs p,q
+         |         |1,0 :1,1 |
+         +---------+---------+
+
+    y[2i+p, 2j+q] = z[i, j] + left[i, j+t] + above[i+s, j] + corner[i+s, j+t],    s = 2p − 1, t = 2q − 1
+
+For p = 1 "above" is the row below, and for q = 1 "left" is the column on the right. `acc` has all of a pixel's 64
+columns, (a, b, p, q, o). The first `split` parts b = 0 from b = 1, the two after it a = 0 from a = 1: that makes four
+tensors of columns (p, q, o). `neighbours` then shifts along one side at a time, each column by its own t or s: left by
+t onto z, corner by t onto above, and above, which now has both, by s onto z; the epilogue follows.
 """
 
 import triton
@@ -24,7 +43,7 @@ def neighbours(z, first, SIZE: tl.constexpr, B: tl.constexpr, APART: tl.constexp
 
     The side has B pixels, from the picture's `first` of SIZE on, which lie APART in z; a column's corner is column //
     PERIOD % 2. One side at a time, since `tl.gather` shuffles along its axis within a warp: all of a tile's 256 rows at
-    once took 291 shuffles a thread where this takes 48 (sm_90, Triton 3.7.1).
+    once took 291 shuffles per thread where this takes 48 (sm_90, Triton 3.7.1).
     """
     M: tl.constexpr = z.shape[0]
     N: tl.constexpr = z.shape[1]
@@ -83,13 +102,13 @@ def conv_transpose_image_kernel(
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
     beside, apart = acc.reshape(BM, 2, 2, 16).permute(0, 3, 1, 2).split()  # b = 0 and 1, each (pixels, 16, a)
-    z, above = beside.split()
+    z, above = beside.split()  # a = 0 and 1, each (pixels, 16)
     left, corner = apart.split()
     column = tl.arange(0, 16)
     py, px, o = column // (2 * CO), column // CO % 2, column % CO
-    z += neighbours(left, w0, W, BW, 1, CO)
+    z += neighbours(left, w0, W, BW, 1, CO)  # from column j + t
     above += neighbours(corner, w0, W, BW, 1, CO)
-    z += neighbours(above, h0, H, BH, BW, 2 * CO)
+    z += neighbours(above, h0, H, BH, BW, 2 * CO)  # from row i + s
 
     first = ((n * 2 * H + 2 * h) * 2 * W + 2 * q).to(tl.int64) * CO
     offsets = first[:, None] + ((py * 2 * W + px) * CO + o)[None, :]
@@ -115,9 +134,11 @@ def image_job(
     c = config or image_config(h, w, into, x.element_size(), arch or arch_of(x), on_tensor_cores(x, precision))
     rows, columns = inner(h, c.height), inner(w, c.width)
     if c.tma and not tma_fits((into,), x.element_size()):
-        raise ValueError(f"{c} is of TMA loads: {into} channels must be a multiple of 16 bytes")
+        raise ValueError(f"tile {c} uses TMA: {into} channels must be a multiple of 16 bytes")
     if rows < 1 or columns < 1:
-        raise ValueError(f"{c}: a picture of {h}×{w} needs a rim, and tiles of at least 4×4 or all of a side")
+        raise ValueError(
+            f"tile {c}, pictures of {h}×{w}: each side needs a rim, so at least 4 pixels, or must cover the picture"
+        )
     arguments = {
         "x": box_view(x, tuple(x.shape), (c.images, c.height, c.width, c.depth)) if c.tma else x,
         "w": weight, "y": y, "saved": epilogue.saved, "per_group": images // groups, "groups": groups,

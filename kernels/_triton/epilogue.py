@@ -19,17 +19,17 @@ PART_COLUMNS = {"statistics": 64, "activation": 64, "batch_norm": 64, "activatio
 
 
 def check_epilogue(epilogue: Epilogue, out: Tensor, images: int) -> None:
-    """Raise ValueError where the epilogue does not fit an output (N, H, W, C), naming the argument."""
+    """Raise ValueError if the epilogue does not fit an output (N, H, W, C), naming the argument."""
     if epilogue.groups < 1 or images % epilogue.groups:
         raise ValueError(f"groups is {epilogue.groups}: it must divide the batch of {images}")
     if epilogue.activation not in ("none", "relu", "leaky_relu", "tanh"):
         raise ValueError(f"activation is {epilogue.activation!r}: accepted are none, relu, leaky_relu and tanh")
     given = (epilogue.saved, epilogue.state)
     if epilogue.statistics and (epilogue.activation != "none" or any(tensor is not None for tensor in given)):
-        raise ValueError("statistics=True is of a raw output: it takes activation='none', no saved tensor and no state")
+        raise ValueError("statistics=True requires a raw output: activation='none', no saved tensor and no state")
     if epilogue.merge is not None and not epilogue.sums:
         raise ValueError(
-            "merge is given where the epilogue takes no sums: it needs statistics=True, or saved and state"
+            "merge is given, but the epilogue takes no sums: merge needs statistics=True, or saved and state"
         )
     if epilogue.state is not None:
         if epilogue.activation == "tanh":
@@ -40,7 +40,7 @@ def check_epilogue(epilogue: Epilogue, out: Tensor, images: int) -> None:
 
 
 def empty_partials(epilogue: Epilogue, tiles: int, out: Tensor) -> Partials | None:
-    """Workspaces for `tiles` tiles a group, or None where the epilogue leaves nothing to merge."""
+    """Workspaces for `tiles` tiles per group, or None if the epilogue leaves nothing to merge."""
     if not epilogue.sums:
         return None
     values = out.new_empty((2, epilogue.groups, tiles, out.shape[3]), dtype=torch.float32)
@@ -89,6 +89,10 @@ def finish(
     C: tl.constexpr, MODE: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Finish a tile, PART columns at a time, so that what the epilogue loads needs few registers beside acc.
+
+    Triton's language cannot slice a tensor in registers, so the tile is halved until its columns fit. Reshape and
+    permute put the column index's highest bit last, and `split` separates by it. In the accumulator's layout a thread
+    holds columns of both halves, so the split moves nothing between threads: it only sorts a thread's own registers.
 
     acc (BM, BN) fp32; rows (BM,) int64, each output pixel's index; valid (BM,): whether the pixel exists and is of
     this group, without which it may neither be stored nor counted; column: the first of BN, those ≥ C being overhang.

@@ -23,7 +23,7 @@ def gather_kernel(
     """out[n,y,x,c] = rows[permutation[k], y, flip[k] ? W−1−x : x, c] · 2/255 − 1 with k = (cursor + n) mod length.
 
     Tile: BLOCK elements of one image; the last program to finish moves the cursor.
-    Bytes: 1 an element read, 2 or 4 written.
+    Bytes: 1 per element read, 2 or 4 written.
     Computes in fp32, rounded once.
     Beats a gather, a flip, a cast, a scale and a permute: one kernel, and the host sends nothing.
     """
@@ -88,11 +88,11 @@ def gather(
         permutation: the epoch's order (length,) int64, of row numbers. Not checked: the kernel trusts them.
         cursor: () int64 on the device: images taken so far; grows by `batch`, and wraps around `length`.
         batch: images.
-        flip: (length,) uint8, by place in the permutation: not 0 mirrors the image left to right; none is where None.
+        flip: (length,) uint8, by place in the permutation: not 0 mirrors the image left to right; None: no image.
         dtype: of the result.
         channels: of the result; those past C are zeros (four make an RGB pixel one 8-byte load).
-        ticket: (1,) int32 zero, kept by the caller; one that the stream's launches share where None.
-        out: where the result goes; a new tensor where None.
+        ticket: (1,) int32 zero, kept by the caller; None: one that the stream's launches share.
+        out: where the result goes; None: a new tensor.
 
     Returns:
         (batch, H, W, channels) in [-1, 1].

@@ -1,5 +1,5 @@
 """D's last layer and everything behind it: BN apply, dot product, BCE with logits, and all of that backward; and the
-loss alone, of logits that are there already.
+loss by itself, of logits that are there already.
 
 The layer reduces a whole feature map to one logit, so each feature is used once, and the batch norm before it can be
 applied as the features are read: neither they nor their gradient is ever written activated.
@@ -61,7 +61,7 @@ def head_kernel(
     Tile: one image; the last program to finish also takes the groups' mean losses and probabilities.
     Bytes: y once; w out of L2.
     Accumulates in fp32, BLOCK partial sums and then a tree; means over logits in order: the same bits each run.
-    Beats the library's apply, GEMV, sigmoid, loss and their backward kernels by reading y alone.
+    Beats the library's apply, GEMV, sigmoid, loss and their backward kernels by reading only y.
     """
     after_previous(DEPENDENT)
     n = tl.program_id(0)
@@ -109,9 +109,9 @@ def gan_loss_kernel(logits, dlogits, means, per_group, groups, real, BLOCK: tl.c
     """means[0,g] = mean softplus(∓logit), means[1,g] = mean σ(logit), dlogit = (σ(logit) − target) / images of g.
 
     Tile: one group of logits, BLOCK at a time.
-    Bytes: 8 a logit.
+    Bytes: 8 per logit.
     Accumulates in fp32, in order: the same bits each run.
-    Beats the library's sigmoid, loss, two means and their backward by being one launch; nothing else costs here.
+    Beats the library's sigmoid, loss, two means and their backward by being one launch; nothing else takes time here.
     """
     after_previous(DEPENDENT)
     group = tl.program_id(0)
@@ -196,9 +196,9 @@ def head(
         state: batch norm's (4, groups, C) float32.
         real: for each group whether its target is 1: (True, False) for [real | fake], (True,) in G's step.
         activation, slope: of the layer before.
-        scale: float32 on the device, whose first element multiplies dlogits (a `loss_scale` of `adam` will do); none
-            where None. Losses and probabilities stay as they are.
-        ticket: (1,) int32 zero, kept by the caller; one that the stream's launches share where None.
+        scale: float32 on the device, whose first element multiplies dlogits (a `loss_scale` of `adam` will do);
+            None: no scale. Losses and probabilities stay as they are.
+        ticket: (1,) int32 zero, kept by the caller; None: one that the stream's launches share.
 
     Returns:
         logits (N,), dlogits (N,): the gradient of the sum over groups of each group's mean loss, and means (2, groups):
@@ -264,8 +264,8 @@ def head_grad(
     """Backward of `head` from dlogits (N,) float32.
 
     Returns:
-        g (N, H, W, C) of y's dtype, the gradient behind y's activation; its sums for `merge_sums`, a tile a pixel, or
+        g (N, H, W, C) of y's dtype, the gradient behind y's activation; its sums for `merge_sums`, a tile per pixel, or
         with `merge` (see `kernels.geometry.Epilogue`) their means (2, groups, C) for `apply_grad`; and the weight's
-        gradient (1, H, W, C) float32, in `out` where given, None where not `weight_grad` (D frozen in G's step).
+        gradient (1, H, W, C) float32, in `out` where given, None if not `weight_grad` (D frozen in G's step).
     """
     return prepare_head_grad(y, weight, state, dlogits, activation, slope, weight_grad, out, merge).run()

@@ -9,6 +9,19 @@ Within a GEMM it takes two rounds (`merge`): of every `TOGETHER` tiles the last 
 while others still multiply; of these the last one merges what the rounds left, a sixteenth as much, and settles the
 batch norm. That saves a launch, and the end of the GEMM waits for a few kilobytes out of L2. Which program is last is
 left to chance; what it does, and in which order, is not: the same bits each run.
+
+An example: 2 groups (real | fake) of 256 tiles each, 256 channels in tiles of 128 columns. Each column tile has rounds
+of its own, and merges its own channels.
+
+                       tensor                                    written by
+    tiles              values (2, 2, 256, 256), counts (2, 256)  each of the GEMM's 2·256·2 programs
+    first round        rounds (2, 2, 16, 256),                   the last of every 16 programs: 2·(2·16) of them, each
+                       round_counts (2, 16)                      reading 16 rows of `values` for its 128 channels
+    second round       merged (4, 2, 256), the state             the last of each column tile's 2·16: 2 programs, each
+                       (or (2, 2, 256), a gradient's means)      reading 16 rows of `rounds` for either group
+
+`tickets` has column tiles · (1 + groups · rounds of a group) counters, here 2·(1 + 2·16) = 66: first the second
+round's, one per column tile, then the first's, one per column tile, group and round. All are zero again afterwards.
 """
 
 import torch
@@ -22,6 +35,8 @@ from kernels.arguments import tickets
 from kernels.geometry import Epilogue, Merge, check_tensor
 
 TOGETHER = 16
+"""Tiles that a program merges in the first round. It loads them as one block, `TOGETHER` rows of `WIDTH` channels; in
+csrc/conv_merge.h, which takes 32, each thread adds the rows of its channel one after another."""
 WIDTH = 64
 """Channels merged at a time, so that a round needs few registers beside the GEMM's."""
 
@@ -97,7 +112,7 @@ def settle_statistics(
 
 @triton.jit
 def settle_sums(values, dweight, dbias, means, rows, groups, tiles, c, C: tl.constexpr, BT: tl.constexpr):
-    """∂weight = Σg·x̂ and ∂bias = Σg of channels c over all groups, where wanted; Σg/rows and Σg·x̂/rows of each."""
+    """∂weight = Σg·x̂ and ∂bias = Σg of channels c over all groups, if wanted; Σg/rows and Σg·x̂/rows of each."""
     inside = c < C
     bias_total, weight_total = tl.zeros((c.shape[0],), tl.float32), tl.zeros((c.shape[0],), tl.float32)
     for group in range(groups):
@@ -190,7 +205,7 @@ def merge_arguments(epilogue: Epilogue, values: Tensor | None, tiles: int, colum
     if given["tracked"] is not None:
         check_tensor("merge.tracked", given["tracked"], (), torch.int64, values)
     if epilogue.mode == "statistics" and rows == 1:
-        raise ValueError("a group has 1 value a channel: training-mode batch norm needs at least 2")
+        raise ValueError("a group has 1 value per channel: training-mode batch norm needs at least 2")
     return empty | given | {
         "rounds": rounds, "round_counts": values.new_empty((groups, together)),
         "tickets": tickets(values, column_tiles * (1 + groups * together)),

@@ -2,7 +2,7 @@
 
 The map in memory is a layer's raw output; its batch norm and activation are applied here, on the way to the tensor
 cores, and the activated map is never written. The arithmetic is done once for each time a tile is loaded, though:
-4·⌈CO/BN⌉ times an element in `conv`, 16·⌈CO/BN⌉ in `conv_transpose`, 1 to 2 onto an image: docs/convolution.md.
+4·⌈CO/BN⌉ times per element in `conv`, 16·⌈CO/BN⌉ in `conv_transpose`, 1 to 2 onto an image: docs/convolution.md.
 """
 
 from typing import Any

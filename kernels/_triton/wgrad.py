@@ -79,6 +79,9 @@ def wgrad_kernel(
             iy, ix = (2 * y - 1)[:, None] + ky, (2 * x - 1)[:, None] + kx + t
             seen = valid & (iy >= 0) & (iy < 2 * H) & (ix >= 0) & (ix < 2 * W)
             if TMA:
+                # The last axis has the channels of two pixels, 2C. Where column + BN > C the box may run into the
+                # second one's. Here channels are columns of the product, which do not mix: the mask of the store drops
+                # those past C. In `conv` channels are the reduction, where they would be added: hence C % depth == 0.
                 half_row, half_column = h0 + (ky + 1) // 2 - 1, w0 + (kx + t + 1) // 2 - 1
                 b = high.load([n0, half_row, (ky + 1) % 2, half_column, (kx + t + 1) % 2 * C + column])
                 b = b.reshape(BK, BN)
@@ -113,12 +116,12 @@ def sum_shares_kernel(
     shares2, out2, size2, count2, shares3, out3, size3, count3, BLOCK: tl.constexpr, BS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """out[i] = Σ_s shares[s,i], of up to four gradients; None for those there are not.
+    """out[i] = Σ_s shares[s,i], of up to four gradients; None for unused slots.
 
     Tile: BLOCK elements of one gradient, all their shares.
-    Bytes: 4·(shares + 1) an element.
+    Bytes: 4·(shares + 1) per element.
     Accumulates in fp32, in the same order every time.
-    Beats atomics by giving the same bits run after run, and a launch a gradient by the others' time between launches.
+    Beats atomics by giving the same bits run after run, and one launch per gradient by fewer gaps between launches.
     """
     after_previous(DEPENDENT)
     block = tl.program_id(0)
@@ -167,11 +170,11 @@ def prepare_wgrad(
     low: Tensor | Deferred, high: Tensor | Deferred, precision: str = "ieee", config: WgradConfig | None = None,
     arch: int | None = None, out: Tensor | None = None, pending: list[Shares] | None = None,
 ) -> Job:  # fmt: skip
-    """The job of `wgrad`; see there. The default tile is that of capability `arch`, the device's own where None."""
+    """The job of `wgrad`; see there. The default tile is that of capability `arch` (None: the device's own)."""
     sides = {"low": low, "high": high}
     deferred = [name for name, side in sides.items() if isinstance(side, Deferred)]
     if len(deferred) == 2:
-        raise ValueError("low and high are both deferred: one of them is a gradient")
+        raise ValueError("low and high are both deferred, but one of them must be a gradient")
     side = deferred[0] if deferred else "low"
     groups, before = groups_of(sides[side]), prologue(sides[side])
     low = check_input("low", low)
@@ -186,13 +189,15 @@ def prepare_wgrad(
         images, h, w, rows, channels, itemsize, arch or arch_of(low), on_tensor_cores(low, precision)
     )
     if c.tma and (rows * itemsize % 16 or channels * itemsize % 16):
-        raise ValueError(f"{c} is of TMA loads: {rows} and {channels} channels must be multiples of 16 bytes")
+        raise ValueError(f"tile {c} uses TMA: {rows} and {channels} channels must be multiples of 16 bytes")
     gradient = low.new_empty((rows, 4, 4, channels), dtype=torch.float32) if out is None else out
     check_tensor("out", gradient, (rows, 4, 4, channels), torch.float32, low)
     shares = gradient if c.split == 1 else gradient.new_empty((c.split, *gradient.shape))
     box, flat = (c.images, c.height, c.width), not c.tma and channels < FLAT_CHANNELS
     if c.taps not in ((1,) if flat else (1, 2, 4)):
-        raise ValueError(f"{c} of {channels} channels: taps must be 1, or 2 or 4 from {FLAT_CHANNELS} channels on")
+        raise ValueError(
+            f"tile {c}, {channels} channels: taps must be 1, or 2 or 4 if tma or from {FLAT_CHANNELS} channels"
+        )
     arguments = {
         "low": box_view(low, tuple(low.shape), (*box, c.rows)) if c.tma else low,
         "high": halves_view(high, box, c.columns) if c.tma else high,
@@ -223,9 +228,9 @@ def wgrad(
         high: (N, 2H, 2W, C) of low's dtype: a convolution's input, or a transposed convolution's output gradient. The
             input of either may be `Deferred`, a map before its batch norm and activation.
         precision, config: as for `conv`.
-        out: where the result goes; a new tensor where None.
-        pending: takes what is left to be added up for it, by one `sum_shares` for several gradients; where None, that
-            is done here.
+        out: where the result goes; None: a new tensor.
+        pending: takes what is left to be added up for it, by one `sum_shares` for several gradients; None:
+            that is done here.
 
     Returns:
         (L, 4, 4, C) float32, the packed weight's layout; permuted by (0, 3, 1, 2) it is the parameter's gradient, of
