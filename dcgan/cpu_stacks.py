@@ -58,7 +58,7 @@ class Stage:
     def activate_backward(self, grad: Tensor, weights: bool, out: Tensor) -> Tensor:
         """The gradient by the convolution's output, to `out`; with `weights`, batch norm's own go to `.grad`.
 
-        `grad` may be that of the forward's last groups alone.
+        `grad` may be that of only the forward's last groups.
         """
         n = len(grad)
         y = self.y[-n:]
@@ -164,7 +164,7 @@ class Discriminator(Stack):
         return judge(self.logits[len(self.logits) // 2 :], (True,))
 
     def backward(self, dlogits: Tensor, weights: bool) -> Tensor | None:
-        """From the gradient by the logits, of the forward's images or of its last group alone.
+        """From the gradient by the logits, of the forward's images or of only its last group.
 
         Returns:
             With `weights` None, and the parameters' gradients are in `.grad`; without, the gradient by the images.

@@ -36,7 +36,7 @@ class FusedStep:
         precision: `fp32` computes in the parameters' own type; `bf16` and `fp16` keep maps and matrix products in 16
             bits with float32 sums, fp16 with a loss scale that lives on the device; parameters, gradients, statistics
             and losses stay as they are. `tf32` and `fp16` need a GPU.
-        launch: the launchers that the stacks run over, of `kernels.launchers`; where None `auto`'s on a GPU, and on a
+        launch: the launchers that the stacks run over, of `kernels.launchers`; None: `auto`'s on a GPU, and on a
             CPU the products of `kernels.cpu.products`.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""A trained generator's forward pass alone, as fast as the device makes it."""
+"""Images from a trained generator, as fast as the device makes them."""
 
 import torch
 from torch import Tensor, nn

@@ -181,7 +181,7 @@ class Discriminator(Stack):
         return Judged(logits, dlogits - scale / n, torch.cat([loss, means[1:]]))
 
     def backward(self, dlogits: Tensor, weights: bool) -> Tensor | None:
-        """From the gradient by the logits, of the forward's images or of its last group alone.
+        """From the gradient by the logits, of the forward's images or of only its last group.
 
         Returns:
             With `weights` None, and the parameters' gradients are in place; without, the gradient by what the tanh of
@@ -268,7 +268,7 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def last_group(kept: Kept, images: int) -> Kept:
-    """The same of the last group alone."""
+    """The same of only the last group."""
     state = None if kept.state is None else kept.state[:, -1:].contiguous()
     y = kept.y[-images:]
     return Kept(kept.x, y if y.data_ptr() % 16 == 0 else y.clone(), state)  # the kernels read whole 16 bytes

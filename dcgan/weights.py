@@ -106,7 +106,7 @@ class Weights:
             raise ValueError(f"the optimiser has {len(groups)} groups: the fused update takes one of all")
         for name, value in UNSERVED.items():
             if (got := groups[0].get(name, value)) != value:
-                raise ValueError(f"the optimiser has {name}={got}: the fused update takes {value} alone")
+                raise ValueError(f"the optimiser has {name}={got}: the fused update accepts only {value}")
         return [groups[0][name] for name in ("lr", "betas", "eps")] + [b.data_ptr() for b in self.model.buffers()]
 
     def _adopt(self) -> None:

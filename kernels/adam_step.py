@@ -51,10 +51,10 @@ def adam_step(
         step: () int64, or float32 as torch.optim.Adam keeps it, on that device: updates done so far.
         lr, betas, eps: the usual; a CUDA graph keeps those of its capture.
         copies: for each parameter None, or a bfloat16 or float16 tensor of its shape and strides: what mixed-precision
-            matrix products read. No copies where None.
+            matrix products read. None: no copies.
         loss_scale: of `kernels.new_loss_scale`: the factor that the gradients carry; the stored gradients keep it.
         move_scale: False for all but the last network of a step that share a scale.
-        backend: one of `kernels.dispatch.BACKENDS`; that of `use_backend`, or `auto`, where None.
+        backend: one of `kernels.dispatch.BACKENDS`; None: that of `use_backend`, else `auto`.
 
     The fused kernels find the tensors through a table of addresses on the device, which is made at the first call with
     these tensors. In a CUDA graph that call must precede the capture: keep gradients where they are

@@ -22,7 +22,7 @@ def conv_act(
             convolution of their own; elsewhere they take the library's.
         activation: `none`, `relu`, `leaky_relu` or `tanh`.
         negative_slope: of leaky_relu, 0 to 1.
-        backend: one of `kernels.dispatch.BACKENDS`; that of `use_backend`, or `auto`, where None.
+        backend: one of `kernels.dispatch.BACKENDS`; None: that of `use_backend`, else `auto`.
 
     Returns:
         (N, O, H', W') of x's type, channels_last.

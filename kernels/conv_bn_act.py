@@ -35,9 +35,9 @@ def conv_bn_act(
         negative_slope: of leaky_relu, 0 to 1.
         groups: equal parts of the batch with their own statistics (real and fake images).
         training: the batch's statistics, or the running ones. With the running ones the fused kernels have no backward:
-            where a gradient is wanted `eager` alone can run.
+            where a gradient is wanted only `eager` can run.
         momentum, eps: as in BatchNorm2d.
-        backend: one of `kernels.dispatch.BACKENDS`; that of `use_backend`, or `auto`, where None.
+        backend: one of `kernels.dispatch.BACKENDS`; None: that of `use_backend`, else `auto`.
 
     Returns:
         (N, O, H', W') of x's type, channels_last.

@@ -115,7 +115,7 @@ def select(
         layer: geometry; None for an op that belongs to no layer.
         device, dtype: of the input, after autocast.
         backend: overrides `use_backend`.
-        images: of the batch (`adam_step`: parameters); as tuned for any where None.
+        images: of the batch (`adam_step`: parameters); None: as tuned for any.
 
     Raises:
         ValueError: an unknown backend.

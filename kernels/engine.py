@@ -28,7 +28,7 @@ LIBRARY = torch.library.Library("dcgan_kernels", "DEF")
 
 
 def pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A parameter as the launchers take it; a cast alone where it lies in channels_last memory."""
+    """A parameter as the launchers take it; only a cast where it lies in channels_last memory."""
     return nhwc(weight.to(dtype))
 
 

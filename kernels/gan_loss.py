@@ -36,7 +36,7 @@ def gan_loss(logits: Tensor, real: Sequence[bool], *, backend: str | None = None
         logits: (N,) bfloat16, float16, float32 or float64, `len(real)` equal groups one after another. Computed in
             float32 whatever their type, under autocast too.
         real: for each group whether its target is 1; 1 to 31 of them.
-        backend: one of `kernels.dispatch.BACKENDS`; that of `use_backend`, or `auto`, where None.
+        backend: one of `kernels.dispatch.BACKENDS`; None: that of `use_backend`, else `auto`.
 
     Returns:
         `GanLoss`: losses and probabilities, (groups,) each.

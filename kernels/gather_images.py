@@ -23,10 +23,10 @@ def gather_images(
             wait for the device.
         cursor: () int64 on rows' device: images taken so far; moved in place.
         batch: images, at least 1.
-        flip: (length,) uint8, by place in the permutation: not 0 mirrors left to right; none is where None.
+        flip: (length,) uint8, by place in the permutation: non-zero mirrors left to right. None: no mirroring.
         dtype: of the result: bfloat16, float16 or float32.
-        channels: of the result; those past C are zeros. C where None.
-        backend: one of `kernels.dispatch.BACKENDS`; that of `use_backend`, or `auto`, where None.
+        channels: of the result; those past C are zeros. None: C.
+        backend: one of `kernels.dispatch.BACKENDS`; None: that of `use_backend`, else `auto`.
 
     Returns:
         (batch, channels, H, W) in [-1, 1], channels_last.

@@ -136,7 +136,7 @@ class Products:
         """Weight gradient (L, 4, 4, C) float32 from low (N, H, W, L) and high (N, 2H, 2W, C), in whose type it is
         rounded by the library; nothing is left pending."""
         low, high = self.settled(low), self.settled(high)
-        shape = high.new_empty(()).expand(low.shape[3], high.shape[3], 4, 4)  # the library reads its shape alone
+        shape = high.new_empty(()).expand(low.shape[3], high.shape[3], 4, 4)  # the library reads only its shape
         with arithmetic(low.dtype, precision):
             _, gradient, _ = torch.ops.aten.convolution_backward(
                 nchw(low), nchw(high), shape, None, [2, 2], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]

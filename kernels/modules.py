@@ -37,7 +37,7 @@ def why_left(convolution: nn.Module, norm: nn.Module | None = None, activation: 
 
 
 def _why_itself(convolution: nn.Module, norm: nn.Module | None, activation: nn.Module | None) -> str | None:
-    """What a module does beside what its class does would be passed over: parametrizations alone are not."""
+    """Why what a module does beyond its class would be bypassed; parametrizations are not."""
     parts = (("it", convolution), ("its batch norm", norm), ("its activation", activation))
     for name, module in parts:
         if module is None:
