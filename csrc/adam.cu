@@ -71,7 +71,7 @@ __device__ __forceinline__ void move_scale(float* scale, bool sound, const Const
 // flags[1] ← 1 where any gradient is infinite or NaN.
 // Tile: ADAM_BLOCK elements of one tensor.
 // Bytes: 4 per element.
-// Only compares.
+// Compares only.
 // Beats a pass per tensor and a read-back by the host; only a float16 step, whose gradients are scaled, pays for it.
 __global__ void __launch_bounds__(THREADS) overflow(const int64_t* table, const int64_t* blocks, int32_t* flags) {
   after_previous();
