@@ -7,7 +7,7 @@ from torch import Tensor
 from kernels import engine, reference
 from kernels.checks import autocast, check_batch_norm, check_layer
 from kernels.dispatch import backend_of
-from kernels.geometry import Epilogue
+from kernels.geometry import Epilogue, nchw
 
 
 def conv_bn_act(
@@ -113,7 +113,7 @@ def _evaluate(kind, x, weight, gamma, beta, running_mean, running_var, settings,
     stride, padding, activation, slope = settings
     epilogue = Epilogue(activation, slope, state=running_state(gamma, beta, running_mean, running_var, eps))
     y, _ = engine.forward_product(engine.Shape(kind, stride, padding), x, weight, epilogue, backend)
-    return engine.nchw(y)
+    return nchw(y)
 
 
 def running_state(gamma: Tensor, beta: Tensor, running_mean: Tensor, running_var: Tensor, eps: float) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from kernels import reference
-from kernels.geometry import Epilogue
+from kernels.geometry import Epilogue, nchw, nhwc
 from kernels.launchers import launchers
 from kernels.library import switches
 
@@ -29,17 +29,13 @@ LIBRARY = torch.library.Library("dcgan_kernels", "DEF")
 
 def pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A parameter as the launchers take it; only a cast where it lies in channels_last memory."""
-    return nhwc(weight.to(dtype))
+    return dense_nhwc(weight.to(dtype))
 
 
-def nhwc(images: Tensor) -> Tensor:
+def dense_nhwc(images: Tensor) -> Tensor:
     """(N, C, H, W) as contiguous (N, H, W, C) on a 16-byte boundary; no copy of aligned channels_last memory."""
-    images = images.permute(0, 2, 3, 1).contiguous()
+    images = nhwc(images).contiguous()
     return images if images.data_ptr() % 16 == 0 else images.clone()
-
-
-def nchw(images: Tensor) -> Tensor:
-    return images.permute(0, 3, 1, 2)
 
 
 def precision(backend: str) -> dict:
@@ -72,9 +68,9 @@ def forward_product(shape: Shape, x: Tensor, weight: Tensor, epilogue: Epilogue,
     """The raw or finished output (N, H, W, C), and its partials where the epilogue takes statistics."""
     if shape.has_kernel(weight, x):
         launcher = getattr(launchers(backend), shape.kind)
-        return launcher(nhwc(x), pack(weight, x.dtype), epilogue, **precision(backend))
+        return launcher(dense_nhwc(x), pack(weight, x.dtype), epilogue, **precision(backend))
     convolution = F.conv2d if shape.kind == "conv" else F.conv_transpose2d
-    y = nhwc(convolution(x, weight.to(x.dtype), stride=shape.stride, padding=shape.padding))
+    y = dense_nhwc(convolution(x, weight.to(x.dtype), stride=shape.stride, padding=shape.padding))
     if epilogue.statistics:
         return y, launchers(backend).statistics(y, epilogue.groups)
     if epilogue.state is not None:
@@ -98,7 +94,7 @@ def backward_products(
         launcher = launch.conv_transpose if shape.kind == "conv" else launch.conv
         dx = nchw(launcher(dy, pack(weight, x.dtype), Epilogue(), **precision(backend))[0])
     if for_weight:
-        low, high = (dy, nhwc(x)) if shape.kind == "conv" else (nhwc(x), dy)
+        low, high = (dy, dense_nhwc(x)) if shape.kind == "conv" else (dense_nhwc(x), dy)
         dweight = nchw(launch.wgrad(low, high, **precision(backend))).to(weight.dtype)
     return dx, dweight
 
@@ -124,7 +120,7 @@ def act_backward(
     slope: float, for_x: bool, for_weight: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gradients by x and weight; empty tensors where not wanted."""
-    dy = activation_backward(nhwc(grad), nhwc(out), activation, slope).to(x.dtype)
+    dy = activation_backward(dense_nhwc(grad), dense_nhwc(out), activation, slope).to(x.dtype)
     return backward_products(Shape(kind, stride, padding), dy, x, weight, for_x, for_weight, backend)
 
 
@@ -147,8 +143,8 @@ def bn_act_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients by x, weight, gamma and beta; the first two empty where not wanted."""
     launch = launchers(backend)
-    raw = nhwc(y)
-    g, partials = launch.activation_grad(nhwc(grad), raw, state, activation, slope)
+    raw = dense_nhwc(y)
+    g, partials = launch.activation_grad(dense_nhwc(grad), raw, state, activation, slope)
     pixels = raw.numel() // raw.shape[-1] // state.shape[1]
     dgamma, dbeta, means = launch.merge_sums(partials, pixels)
     dy = launch.apply_grad(g, raw, state, means)

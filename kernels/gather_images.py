@@ -5,7 +5,8 @@ from torch import Tensor
 
 from kernels.checks import check_gather
 from kernels.dispatch import backend_of
-from kernels.engine import LIBRARY, launchers, nchw
+from kernels.engine import LIBRARY, launchers
+from kernels.geometry import nchw
 
 
 def gather_images(

@@ -241,6 +241,16 @@ DTYPES = ("bfloat16", "float16", "float32")
 """Accepted types of maps and packed weights."""
 
 
+def nhwc(images: Tensor) -> Tensor:
+    """(N, C, H, W) seen as (N, H, W, C): dense where the memory is channels_last."""
+    return images.permute(0, 2, 3, 1)
+
+
+def nchw(images: Tensor) -> Tensor:
+    """(N, H, W, C) seen as (N, C, H, W)."""
+    return images.permute(0, 3, 1, 2)
+
+
 def check_nhwc(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
     """Refuse what the kernels would misread.
 

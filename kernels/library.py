@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import reference
-from kernels.geometry import Deferred, Epilogue, Partials, Shares
+from kernels.geometry import Deferred, Epilogue, Partials, Shares, nchw, nhwc
 
 
 class _Switches(ModuleType):
@@ -77,14 +77,6 @@ def arithmetic(dtype: torch.dtype, precision: str) -> Any:
     return tf32(precision == "tf32") if dtype == torch.float32 else nullcontext()
 
 
-def nchw(t: Tensor) -> Tensor:
-    return t.permute(0, 3, 1, 2)
-
-
-def nhwc(t: Tensor) -> Tensor:
-    return t.permute(0, 2, 3, 1).contiguous()
-
-
 class Products:
     """`conv`, `conv_transpose` and `wgrad`; `launch` has `apply`, `statistics`, `activation_grad` and `merge_sums`."""
 
@@ -116,7 +108,7 @@ class Products:
         x = self.settled(x)
         with arithmetic(x.dtype, precision):
             y = F.conv2d(nchw(x), nchw(weight), stride=2, padding=1)
-        return self.finish(nhwc(y), epilogue or Epilogue())
+        return self.finish(nhwc(y).contiguous(), epilogue or Epilogue())
 
     def conv_transpose(
         self, x: Tensor | Deferred, weight: Tensor, epilogue: Epilogue | None = None, precision: str = "ieee",
@@ -126,7 +118,7 @@ class Products:
         x = self.settled(x)
         with arithmetic(x.dtype, precision):
             y = F.conv_transpose2d(nchw(x), nchw(weight), stride=2, padding=1)
-        y, partials = self.finish(nhwc(y), epilogue or Epilogue())
+        y, partials = self.finish(nhwc(y).contiguous(), epilogue or Epilogue())
         return y if out is None else out.copy_(y), partials
 
     def wgrad(

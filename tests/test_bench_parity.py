@@ -127,8 +127,8 @@ def test_a_load_that_forgets_the_batch_norm_or_the_padding_is_wrong(monkeypatch,
             y = F.conv_transpose2d(gemms.nchw(wide), gemms.nchw(o.second), stride=2, padding=3)
         else:
             high, low = gemms.nchw(wide).float(), gemms.nchw(o.first).float()
-            return gemms.nhwc(torch.nn.grad.conv2d_weight(high, (p.into, p.out, 4, 4), low, stride=2))
-        return reference.finish(gemms.nhwc(y), o.epilogue)
+            return gemms.nhwc(torch.nn.grad.conv2d_weight(high, (p.into, p.out, 4, 4), low, stride=2)).contiguous()
+        return reference.finish(gemms.nhwc(y).contiguous(), o.epilogue)
 
     for wrong in (padded, lambda p, o: gemms.plain(p, bare(o))):
         subject.runs["wrong"] = partial(gemms.outputs, *subject.runs["library"].args[:2], wrong)

@@ -18,16 +18,8 @@ from torch import Tensor
 from bench.subjects.accuracy import KINK, Answers, Noise, Outputs, Subject, arithmetic, sums_slack, walk
 from bench.subjects.problems import Problem, Use
 from kernels import reference
-from kernels.geometry import CudaConfig, Deferred, Epilogue, Merge, Partials, raw
+from kernels.geometry import CudaConfig, Deferred, Epilogue, Merge, Partials, nchw, nhwc, raw
 from kernels.launchers import launchers
-
-
-def nchw(t: Tensor) -> Tensor:
-    return t.permute(0, 3, 1, 2)
-
-
-def nhwc(t: Tensor) -> Tensor:
-    return t.permute(0, 2, 3, 1).contiguous()
 
 
 @dataclass(frozen=True)
@@ -234,9 +226,9 @@ def product(p: Problem, o: Operands) -> Tensor:
         gradient = torch.ops.aten.convolution_backward(
             low, high, shape, None, [2, 2], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
         )[1]
-        return nhwc(gradient)
+        return nhwc(gradient).contiguous()
     convolution = F.conv2d if p.kernel == "conv" else F.conv_transpose2d
-    return nhwc(convolution(nchw(o.first), nchw(o.second), stride=2, padding=1))
+    return nhwc(convolution(nchw(o.first), nchw(o.second), stride=2, padding=1)).contiguous()
 
 
 def plain(p: Problem, o: Operands) -> Any:

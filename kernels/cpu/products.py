@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cpu.winograd import WinogradProduct, nchw, nhwc
-from kernels.geometry import Layer
+from kernels.cpu.winograd import WinogradProduct
+from kernels.geometry import Layer, nchw, nhwc
 from kernels.pool import Pool
 
 WINOGRAD_CHANNELS = 128 * 256

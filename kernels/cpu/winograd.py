@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.matmul import Take, matmul, matmul_of_rows
-from kernels.geometry import Layer
+from kernels.geometry import Layer, nchw, nhwc
 from kernels.pool import Pool
 
 Multiply = Callable[[Tensor, Tensor, Take], Tensor]
@@ -181,11 +181,3 @@ def weight_taps(weight: Tensor) -> Tensor:
     """A weight (C', C, 4, 4) in channels_last memory as (k of height, k of width, C', φ of height, φ of width × C)."""
     taps = nhwc(weight).unflatten(2, (2, 2)).unflatten(1, (2, 2))  # C', k, φ, k, φ, C
     return taps.permute(1, 3, 0, 2, 4, 5).flatten(4)
-
-
-def nhwc(images: Tensor) -> Tensor:
-    return images.permute(0, 2, 3, 1)
-
-
-def nchw(images: Tensor) -> Tensor:
-    return images.permute(0, 3, 1, 2)
