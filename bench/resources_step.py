@@ -15,7 +15,7 @@ from kernels._triton.gather import prepare_gather
 from kernels._triton.head import prepare_gan_loss, prepare_head, prepare_head_grad
 from kernels._triton.launch import Job, Launch
 from kernels._triton.wgrad import prepare_sum_shares, prepare_wgrad
-from kernels.geometry import Deferred, Epilogue, Layer, Merge
+from kernels.geometry import Deferred, Epilogue, Layer, Merge, MergeGradients
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 
@@ -92,7 +92,7 @@ def _network(
                 into = Epilogue(before.activation, groups=groups, saved=x)
                 if before.batch_norm:
                     state = _meta(4, groups, layer.in_channels, dtype=torch.float32)
-                    merge = Merge(state[0, 0], state[0, 0]) if weights else Merge(None, None)
+                    merge = MergeGradients(state[0, 0], state[0, 0]) if weights else MergeGradients()
                     into = replace(into, state=state, merge=merge)
                 yield from cases("dgrad", backward(y, weight, into, **options), matrix)
             elif not weights:  # D frozen in G's step: the images' gradient is wanted, through the tanh that made them

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dcgan.weights import Weights
 from kernels import reference, tuning
-from kernels.geometry import STATE, Deferred, Epilogue, Layer, Merge, Partials, Shares
+from kernels.geometry import STATE, Deferred, Epilogue, Layer, Merge, MergeGradients, Partials, Shares
 
 
 class Judged(NamedTuple):
@@ -125,7 +125,7 @@ class Stack:
         """The epilogue of a data gradient that goes on through the activation and batch norm of the layer below."""
         merge = None
         if stage.norm is not None:
-            merge = Merge(stage.norm.weight.grad, stage.norm.bias.grad) if weights else Merge(None, None)
+            merge = MergeGradients(stage.norm.weight.grad, stage.norm.bias.grad) if weights else MergeGradients()
         state = kept.state if stage.norm is not None else None
         return Epilogue(stage.layer.activation, groups=groups, saved=kept.y, state=state, merge=merge)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.geometry import DTYPES, Partials, check_nhwc, check_tensor
+from kernels.geometry import DTYPES, Merge, MergeGradients, Partials, check_nhwc, check_tensor
 
 MOST_GROUPS = 31
 """Groups of D's head: their targets are the bits of one int32."""
@@ -93,6 +93,15 @@ def check_statistics(
     if tracked is not None:
         check_tensor("tracked", tracked, (), torch.int64, partials.values)
     return groups, tiles, channels
+
+
+def check_merge(merge: Merge | MergeGradients, channels: int, like: Tensor) -> None:
+    """The tensors of an epilogue's `merge`, beside `like`."""
+    for name, tensor in merge._asdict().items():
+        if name == "tracked" and tensor is not None:
+            check_tensor("merge.tracked", tensor, (), torch.int64, like)
+        elif name not in ("tracked", "eps", "momentum") and tensor is not None:
+            check_tensor(f"merge.{name}", tensor, (channels,), torch.float32, like)
 
 
 def check_sums(partials: Partials, rows: int, out: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:

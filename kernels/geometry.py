@@ -110,20 +110,30 @@ class Layer:
 
 
 class Merge(NamedTuple):
-    """What a GEMM's last programs need to settle the batch norm whose sums its tiles took.
+    """What a GEMM's last programs need to settle the batch norm whose statistics its tiles took (`statistics`): its
+    weight and bias (C,) float32; running statistics (C,) and counter () int64, to be moved once per group; eps and
+    momentum."""
 
-    Forward (`statistics`): batch norm's weight and bias (C,) float32; running statistics (C,) and counter () int64, to
-    be moved once per group; eps and momentum. Backward (`batch_norm_grad`): where the gradients by weight and bias go;
-    None if nobody wants them.
-    """
-
-    weight: Tensor | None
-    bias: Tensor | None
+    weight: Tensor
+    bias: Tensor
     running_mean: Tensor | None = None
     running_var: Tensor | None = None
     tracked: Tensor | None = None
     eps: float = 1e-5
     momentum: float = 0.1
+
+
+class MergeGradients(NamedTuple):
+    """Where a GEMM's last programs write the gradients by batch norm's weight and bias, (C,) float32, whose sums its
+    tiles took (`batch_norm_grad`); None if nobody wants them."""
+
+    dweight: Tensor | None = None
+    dbias: Tensor | None = None
+
+    @property
+    def out(self) -> tuple[Tensor, Tensor] | None:
+        """As `merge_sums` takes them."""
+        return None if self.dweight is None else (self.dweight, self.dbias)
 
 
 @dataclass(frozen=True)
@@ -144,7 +154,11 @@ class Epilogue:
             its raw convolution output.
         state: (4, groups, C) float32 of `STATE`: forward, of the batch norm to apply; backward, of the layer below.
         merge: merge the tiles' sums before the launch ends: what is returned beside the output is then the batch-norm
-            state, or the means that `apply_grad` subtracts, and not `Partials`. A backend may leave it to its caller.
+            state (`Merge`), or the means that `apply_grad` subtracts (`MergeGradients`), and not `Partials`. A backend
+            may leave it to its caller.
+
+    Raises:
+        TypeError: a merge of the other direction.
     """
 
     activation: Activation = "none"
@@ -153,7 +167,12 @@ class Epilogue:
     statistics: bool = False
     saved: Tensor | None = None
     state: Tensor | None = None
-    merge: Merge | None = None
+    merge: Merge | MergeGradients | None = None
+
+    def __post_init__(self) -> None:
+        expected = {"statistics": Merge, "batch_norm_grad": MergeGradients}.get(self.mode)
+        if self.merge is not None and expected and not isinstance(self.merge, expected):
+            raise TypeError(f"merge is a {type(self.merge).__name__}: {self.mode} takes a {expected.__name__}")
 
     @property
     def mode(self) -> str:

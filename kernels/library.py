@@ -98,8 +98,7 @@ class Products:
         g, partials = self.launch.activation_grad(y, e.saved, e.state, e.activation, e.slope)
         if e.merge is None:
             return g, partials
-        out = None if e.merge.weight is None else (e.merge.weight, e.merge.bias)
-        return g, self.launch.merge_sums(partials, y[..., 0].numel() // e.groups, out)[2]
+        return g, self.launch.merge_sums(partials, y[..., 0].numel() // e.groups, e.merge.out)[2]
 
     def conv(
         self, x: Tensor | Deferred, weight: Tensor, epilogue: Epilogue | None = None, precision: str = "ieee"

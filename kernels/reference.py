@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.geometry import Activation, Deferred, Epilogue, Merge, Partials, Shares
+from kernels.geometry import Activation, Deferred, Epilogue, Merge, MergeGradients, Partials, Shares
 
 
 def activate(z: Tensor, activation: Activation, slope: float = 0.2) -> Tensor:
@@ -50,12 +50,11 @@ def finish(y: Tensor, epilogue: Epilogue) -> tuple[Tensor, Partials | Tensor | N
     return g, merge_gradients(partials, y, e.merge)
 
 
-def merge_gradients(partials: Partials, y: Tensor, merge: Merge | None) -> Partials | Tensor:
+def merge_gradients(partials: Partials, y: Tensor, merge: MergeGradients | None) -> Partials | Tensor:
     """A gradient's partials, of a map y, as they are; or, with `merge`, their means, the sums where it says."""
     if merge is None:
         return partials
-    out = None if merge.weight is None else (merge.weight, merge.bias)
-    return merge_sums(partials, y[..., 0].numel() // partials.values.shape[1], out)[2]
+    return merge_sums(partials, y[..., 0].numel() // partials.values.shape[1], merge.out)[2]
 
 
 def settled(x: Tensor | Deferred) -> Tensor:
@@ -262,7 +261,8 @@ def head(
 
 def head_grad(
     y: Tensor, weight: Tensor, state: Tensor, dlogits: Tensor, activation: Activation = "leaky_relu",
-    slope: float = 0.2, weight_grad: bool = True, out: Tensor | None = None, merge: Merge | None = None,
+    slope: float = 0.2, weight_grad: bool = True, out: Tensor | None = None,
+    merge: MergeGradients | None = None,
 ) -> tuple[Tensor, Partials, Tensor | None]:  # fmt: skip
     """g behind y's activation, its sums, and the weight's gradient."""
     da = dlogits[:, None, None, None] * weight.to(dlogits.dtype)

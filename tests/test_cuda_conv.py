@@ -20,7 +20,7 @@ from interpreter import assert_accurate, generated, tensor
 from kernels import reference
 from kernels._cuda import conv as products
 from kernels.arguments import tickets
-from kernels.geometry import CUDA_CLUSTERS, CUDA_COLUMNS, CudaConfig, Epilogue, Merge
+from kernels.geometry import CUDA_CLUSTERS, CUDA_COLUMNS, CudaConfig, Epilogue, Merge, MergeGradients
 
 OURS = {"conv": products.conv, "conv_transpose": products.conv_transpose}
 SERVED = [(mode, activation) for mode, activation in MODES if activation != "tanh"]
@@ -81,7 +81,7 @@ def test_the_last_blocks_settle_the_batch_norm(source):
     def gradients_of(launch):
         dweight, dbias = torch.empty(64), torch.empty(64)
         epilogue = epilogue_of(torch.Generator().manual_seed(1), "batch_norm_grad", "relu", 2, shape, BF16)
-        return *launch(epilogue, Merge(dweight, dbias)), dweight, dbias
+        return *launch(epilogue, MergeGradients(dweight, dbias)), dweight, dbias
 
     def together(epilogue, merge):
         return products.conv_transpose(x, weight, replace(epilogue, merge=merge), **options)
@@ -99,7 +99,7 @@ def test_the_last_blocks_settle_the_batch_norm(source):
             for ours, theirs in zip(made(together), expected, strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
     one = epilogue_of(torch.Generator().manual_seed(1), "batch_norm_grad", "relu", 1, shape, BF16)
-    _, means = together(one, Merge(None, None))  # 36 tiles: two rounds
+    _, means = together(one, MergeGradients())  # 36 tiles: two rounds
     _, partials = products.conv_transpose(x, weight, one, **options)
     torch.testing.assert_close(means, reference.merge_sums(partials, 18 * 256)[2], rtol=2e-5, atol=2e-5)
     assert not tickets(x, 1).any()

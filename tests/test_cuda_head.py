@@ -11,7 +11,7 @@ from interpreter import assert_accurate, fenced, generated
 from kernels import reference
 from kernels._cuda.batch_norm import merge_sums
 from kernels._cuda.head import gan_loss, head, head_grad
-from kernels.geometry import Merge
+from kernels.geometry import MergeGradients
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -94,10 +94,10 @@ def test_sums_merged_at_once_and_gradients_in_their_places():
     _, sums, dw = head_grad(y, weight, state, dlogits)
     dweight, dbias, means = merge_sums(sums, 8)
     places = [torch.zeros(16), torch.zeros(16), torch.zeros_like(weight)]
-    g, merged, out = head_grad(y, weight, state, dlogits, out=places[2], merge=Merge(*places[:2]))
+    g, merged, out = head_grad(y, weight, state, dlogits, out=places[2], merge=MergeGradients(*places[:2]))
     assert out is places[2]
     assert all(torch.equal(a, b) for a, b in zip((merged, *places), (means, dweight, dbias, dw), strict=True))
-    frozen = head_grad(y, weight, state, dlogits, weight_grad=False, merge=Merge(None, None))
+    frozen = head_grad(y, weight, state, dlogits, weight_grad=False, merge=MergeGradients())
     assert torch.equal(frozen[0], g) and torch.equal(frozen[1], means) and frozen[2] is None
 
 

@@ -11,7 +11,7 @@ import torch
 
 from kernels import launchers, reference, tuning
 from kernels._triton.config import ConvConfig, WgradConfig
-from kernels.geometry import CudaConfig, Epilogue, Merge
+from kernels.geometry import CudaConfig, Epilogue, Merge, MergeGradients
 from kernels.library import Products
 
 pytest.importorskip("triton")
@@ -203,7 +203,8 @@ def test_the_library_s_products_are_the_reference_s(kernel, activation):
             results = []
             for run in (Products(reference), reference):  # each moves vectors of its own
                 vectors = [torch.ones(7, dtype=torch.float64) for _ in range(4)]
-                merge = Merge(*vectors) if merged else None
+                kind = MergeGradients if epilogue.mode == "batch_norm_grad" else Merge
+                merge = kind(*vectors[: len(kind._fields)][:4]) if merged else None
                 finished, partials = getattr(run, kernel)(x, weight, replace(epilogue, merge=merge))
                 results.append((finished, partials, vectors))
             torch.testing.assert_close(*results)

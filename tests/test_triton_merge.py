@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from interpreter import assert_accurate, fenced, generated, only_interpreted, run_guarded, tensor
 
 from kernels import reference
-from kernels.geometry import Epilogue, Merge
+from kernels.geometry import Epilogue, Merge, MergeGradients
 
 only_interpreted()
 
@@ -42,7 +42,7 @@ def check_merge(
         for (first, second, mean, var), run in zip(twins, ("ours", "twin", "exact"), strict=True):
             tracked = torch.tensor(3)
             if backward:
-                merge = Merge(first, second)
+                merge = MergeGradients(first, second)
                 epilogue = Epilogue("leaky_relu", groups=groups, saved=saved, state=state, merge=merge)
             else:
                 merge = Merge(first, second, mean, var.abs_(), tracked, 1e-5, 0.2)
@@ -114,7 +114,7 @@ def test_rounds_are_of_whole_and_of_partial_groups_of_tiles():
 @pytest.mark.parametrize(
     ("epilogue", "message"),
     [
-        (Epilogue(merge=Merge(None, None)), "takes no sums"),
+        (Epilogue(merge=MergeGradients()), "takes no sums"),
         (Epilogue(statistics=True, merge=Merge(torch.ones(3), torch.ones(16))), r"merge.weight has shape \(3,\)"),
         (Epilogue(statistics=True, merge=Merge(torch.ones(16), torch.ones(16), tracked=torch.tensor(0.0))), "tracked"),
     ],
@@ -142,3 +142,11 @@ def test_generated():
 @pytest.mark.long
 def test_generated_long():
     generated(any_merge, 2000)
+
+
+def test_a_merge_is_of_its_direction():
+    vector = torch.ones(16)
+    with pytest.raises(TypeError, match="statistics takes a Merge"):
+        Epilogue(statistics=True, merge=MergeGradients(vector, vector))
+    with pytest.raises(TypeError, match="batch_norm_grad takes a MergeGradients"):
+        Epilogue(saved=torch.zeros(1, 4, 4, 16), state=torch.zeros(4, 1, 16), merge=Merge(vector, vector))

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from kernels.geometry import Deferred, Epilogue, Merge, Shares
+from kernels.geometry import Deferred, Epilogue, Merge, MergeGradients, Shares
 
 GROUPS = 2
 Noise = Callable[..., Tensor]
@@ -45,7 +45,7 @@ def epilogues(noise: Noise, shape: tuple[int, ...], dtype: torch.dtype) -> list[
         Epilogue("leaky_relu", groups=GROUPS, saved=saved),
         Epilogue("relu", groups=GROUPS, saved=saved, state=state),
         Epilogue(statistics=True, groups=GROUPS, merge=norm),
-        Epilogue("relu", groups=GROUPS, saved=saved, state=state, merge=Merge(weight, bias)),
+        Epilogue("relu", groups=GROUPS, saved=saved, state=state, merge=MergeGradients(weight, bias)),
     ]
 
 

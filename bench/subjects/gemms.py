@@ -18,7 +18,7 @@ from torch import Tensor
 from bench.subjects.accuracy import KINK, Answers, Noise, Outputs, Subject, arithmetic, sums_slack, walk
 from bench.subjects.problems import Problem, Use
 from kernels import reference
-from kernels.geometry import CudaConfig, Deferred, Epilogue, Merge, Partials, nchw, nhwc, raw
+from kernels.geometry import CudaConfig, Deferred, Epilogue, Merge, MergeGradients, Partials, nchw, nhwc, raw
 from kernels.launchers import launchers
 
 
@@ -40,7 +40,7 @@ class Operands:
         o, e = self.settled(), self.epilogue
         if e is not None:
             parts = {name: t.double() for name in ("saved", "state") if (t := getattr(e, name)) is not None}
-            e = replace(e, **parts, merge=e.merge and Merge(*map(doubled, e.merge)))
+            e = replace(e, **parts, merge=e.merge and type(e.merge)(*map(doubled, e.merge)))
         return Operands(o.first.double(), o.second.double(), e)
 
     def fresh(self) -> "Operands":
@@ -48,7 +48,7 @@ class Operands:
         merge = self.epilogue.merge if self.epilogue is not None else None
         if merge is None:
             return self
-        merge = Merge(*(t.clone() if isinstance(t, Tensor) else t for t in merge))
+        merge = type(merge)(*(t.clone() if isinstance(t, Tensor) else t for t in merge))
         return replace(self, epilogue=replace(self.epilogue, merge=merge))
 
 
@@ -99,7 +99,7 @@ def epilogue_of(use: Use, shape: tuple[int, ...], noise: Noise, precision: str) 
     _, _, scale, shift = state[:, :, None]
     z = reference.grouped(saved, use.groups) * scale + shift
     saved = off_the_kink(saved, z.view(shape), precision)
-    merge = Merge(noise.single(shape[3]), noise.single(shape[3])) if use.merge else None  # gradients: written over
+    merge = MergeGradients(noise.single(shape[3]), noise.single(shape[3])) if use.merge else None  # written over
     return Epilogue(use.activation, groups=use.groups, saved=saved, state=state, merge=merge)
 
 
@@ -157,7 +157,7 @@ def settled(p: Problem, o: Operands, call: Product) -> tuple[Any, Any]:
     launch = launchers("triton") if y.device.type == "cuda" and call is not plain else reference
     if p.use.mode == "statistics":
         return y, launch.merge_statistics(found, *e.merge)
-    _, _, means = launch.merge_sums(found, y[..., 0].numel() // e.groups, e.merge[:2])
+    _, _, means = launch.merge_sums(found, y[..., 0].numel() // e.groups, e.merge.out)
     return y, means
 
 
@@ -173,7 +173,7 @@ def outputs(p: Problem, o: Operands, call: Product) -> Outputs:
     if p.use.mode == "statistics":
         moved = {"running_mean": merge.running_mean, "running_var": merge.running_var}
         return {"y": y, "state": found, **moved, "tracked": merge.tracked.double()}
-    return {"y": y, "means": found, "dweight": merge.weight, "dbias": merge.bias}
+    return {"y": y, "means": found, "dweight": merge.dweight, "dbias": merge.dbias}
 
 
 def tiled(p: Problem, o: Operands, config: Any) -> Any:

@@ -20,7 +20,7 @@ from kernels._cuda.epilogue import (
 )
 from kernels._cuda.launch import DTYPES, slope_of
 from kernels._cuda.shares import empty_shares, settle
-from kernels.geometry import CUDA_CLUSTERS, CUDA_COLUMNS, CudaConfig, Epilogue, Partials, Shares
+from kernels.geometry import CUDA_CLUSTERS, CUDA_COLUMNS, CudaConfig, Epilogue, Merge, Partials, Shares
 
 TILE_PIXELS, DEPTH = 128, 64
 """As in csrc/conv_tile.h: pixels of a tile, and how many input channels it takes at a time."""
@@ -107,7 +107,7 @@ def _product(
     if made_for == "sm90":
         tile = (*tile, cluster_of(tiles, config.cluster))
     merge = merging(e, values, y[..., 0].numel() // e.groups, config.columns)
-    eps, momentum = (e.merge.eps, e.merge.momentum) if e.merge else (0.0, 0.0)
+    eps, momentum = (e.merge.eps, e.merge.momentum) if isinstance(e.merge, Merge) else (0.0, 0.0)
     _launch.launch(
         f"conv_{made_for}", x, weight, y, e.saved, e.state, values, counts, *merge, int(phases > 1), DTYPES[x.dtype],
         images, e.groups, height, width, into, out, *tile, slope_of(e.activation, e.slope), eps, momentum,

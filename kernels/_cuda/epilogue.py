@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.arguments import tickets
+from kernels.arguments import check_merge, tickets
 from kernels.geometry import Epilogue, Partials, check_nhwc, check_tensor
 
 
@@ -95,12 +95,7 @@ def merging(epilogue: Epilogue, values: Tensor | None, rows: int, columns: int) 
     if merge is None or values is None:
         return (None,) * 11
     _, groups, tiles, channels = values.shape
-    vectors = (merge.weight, merge.bias, merge.running_mean, merge.running_var)
-    for name, vector in zip(("weight", "bias", "running_mean", "running_var"), vectors, strict=True):
-        if vector is not None:
-            check_tensor(f"merge.{name}", vector, (channels,), torch.float32, values)
-    if merge.tracked is not None:
-        check_tensor("merge.tracked", merge.tracked, (), torch.int64, values)
+    check_merge(merge, channels, values)
     if epilogue.statistics and rows == 1:
         raise ValueError("a group has 1 value per channel: training-mode batch norm needs at least 2")
     rounds = -(-tiles // TOGETHER)
@@ -108,8 +103,8 @@ def merging(epilogue: Epilogue, values: Tensor | None, rows: int, columns: int) 
     zeros = tickets(values, -(-channels // columns) * (1 + groups * rounds))
     merged = values.new_empty((4 if epilogue.statistics else 2, groups, channels))
     if epilogue.statistics:
-        return *workspace, zeros, *vectors, merge.tracked, None, None, merged
-    return *workspace, zeros, None, None, None, None, None, merge.weight, merge.bias, merged
+        return *workspace, zeros, *merge[:5], None, None, merged
+    return *workspace, zeros, None, None, None, None, None, *merge, merged
 
 
 def left(

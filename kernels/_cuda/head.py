@@ -9,7 +9,7 @@ from kernels._cuda import launch as _launch
 from kernels._cuda.batch_norm import merge_sums
 from kernels._cuda.launch import DTYPES, slope_of
 from kernels.arguments import check_head, check_logits, check_scale, check_ticket, real_bits
-from kernels.geometry import Activation, Merge, Partials, check_tensor
+from kernels.geometry import Activation, MergeGradients, Partials, check_tensor
 
 
 def _check(y: Tensor, weight: Tensor, state: Tensor, activation: Activation) -> tuple[int, int, int, int]:
@@ -46,7 +46,8 @@ def gan_loss(logits: Tensor, real: Sequence[bool]) -> tuple[Tensor, Tensor]:
 
 def head_grad(
     y: Tensor, weight: Tensor, state: Tensor, dlogits: Tensor, activation: Activation = "leaky_relu",
-    slope: float = 0.2, weight_grad: bool = True, out: Tensor | None = None, merge: Merge | None = None,
+    slope: float = 0.2, weight_grad: bool = True, out: Tensor | None = None,
+    merge: MergeGradients | None = None,
 ) -> tuple[Tensor, Partials | Tensor, Tensor | None]:  # fmt: skip
     """Backward of `head`; arguments and results as `kernels._triton.head.head_grad`'s."""
     per_group, groups, pixels, channels = _check(y, weight, state, activation)
@@ -62,6 +63,5 @@ def head_grad(
     _launch.launch("head_grad", *tensors, DTYPES[y.dtype], per_group, groups, pixels, channels, below)
     sums = Partials(values, None)
     if merge is not None:
-        gradients = None if merge.weight is None else (merge.weight, merge.bias)
-        sums = merge_sums(sums, per_group * pixels, gradients)[2]
+        sums = merge_sums(sums, per_group * pixels, merge.out)[2]
     return g, sums, dw

@@ -16,10 +16,10 @@ from kernels._triton.config import cdiv, power_of_two
 from kernels._triton.dependent import after_previous
 from kernels._triton.epilogue import activate, derivative
 from kernels._triton.launch import Job, Launch
-from kernels._triton.merge import TOGETHER, gradients_of, settle_sums
+from kernels._triton.merge import TOGETHER, settle_sums
 from kernels._triton.ticket import last_program
-from kernels.arguments import check_head, check_logits, check_scale, check_ticket, real_bits, tickets
-from kernels.geometry import Activation, Merge, Partials, check_tensor
+from kernels.arguments import check_head, check_logits, check_merge, check_scale, check_ticket, real_bits, tickets
+from kernels.geometry import Activation, MergeGradients, Partials, check_tensor
 
 BLOCK = 2048
 MEANS = 256
@@ -231,7 +231,8 @@ def gan_loss(logits: Tensor, real: Sequence[bool]) -> tuple[Tensor, Tensor]:
 
 def prepare_head_grad(
     y: Tensor, weight: Tensor, state: Tensor, dlogits: Tensor, activation: Activation = "leaky_relu",
-    slope: float = 0.2, weight_grad: bool = True, out: Tensor | None = None, merge: Merge | None = None,
+    slope: float = 0.2, weight_grad: bool = True, out: Tensor | None = None,
+    merge: MergeGradients | None = None,
 ) -> Job:  # fmt: skip
     """The job of `head_grad`; see there."""
     per_group, groups, pixels, channels = check_head(y, weight, state, activation)
@@ -252,14 +253,16 @@ def prepare_head_grad(
     sums = Partials(values, None)
     if merge is not None:
         sums = values.new_empty((2, groups, channels))
-        arguments |= gradients_of(merge, sums) | {"tickets": tickets(y, cdiv(channels, columns)), "means": sums}
+        check_merge(merge, channels, sums)
+        arguments |= merge._asdict() | {"tickets": tickets(y, cdiv(channels, columns)), "means": sums}
     launch = Launch(head_grad_kernel, (pixels, cdiv(channels, columns)), arguments)
     return Job((launch,), (g, sums, dw))
 
 
 def head_grad(
     y: Tensor, weight: Tensor, state: Tensor, dlogits: Tensor, activation: Activation = "leaky_relu",
-    slope: float = 0.2, weight_grad: bool = True, out: Tensor | None = None, merge: Merge | None = None,
+    slope: float = 0.2, weight_grad: bool = True, out: Tensor | None = None,
+    merge: MergeGradients | None = None,
 ) -> tuple[Tensor, Partials | Tensor, Tensor | None]:  # fmt: skip
     """Backward of `head` from dlogits (N,) float32.
 

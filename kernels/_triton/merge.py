@@ -24,15 +24,14 @@ of its own, and merges its own channels.
 round's, one per column tile, then the first's, one per column tile, group and round. All are zero again afterwards.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels._triton.config import cdiv
 from kernels._triton.ticket import last_program
-from kernels.arguments import tickets
-from kernels.geometry import Epilogue, Merge, check_tensor
+from kernels.arguments import check_merge, tickets
+from kernels.geometry import Epilogue
 
 TOGETHER = 16
 """Tiles that a program merges in the first round. It loads them as one block, `TOGETHER` rows of `WIDTH` channels; in
@@ -169,15 +168,6 @@ def merge(
                     settle_sums(rounds, weight, bias, merged, rows, groups, in_group, c, C, TOGETHER)
 
 
-def gradients_of(merge: Merge, means: Tensor) -> dict[str, Tensor | None]:
-    """Where the gradients by weight and bias go, for `settle_sums`; checked against the means (2, groups, C)."""
-    given = {"dweight": merge.weight, "dbias": merge.bias}
-    for name, vector in given.items():
-        if vector is not None:
-            check_tensor(f"merge.{name}", vector, (means.shape[2],), torch.float32, means)
-    return given
-
-
 def merge_arguments(epilogue: Epilogue, values: Tensor | None, tiles: int, column_tiles: int, rows: int) -> dict:
     """Arguments of a GEMM kernel for `merge`, and its constants; nothing where the epilogue has no `merge`.
 
@@ -198,16 +188,13 @@ def merge_arguments(epilogue: Epilogue, values: Tensor | None, tiles: int, colum
     _, groups, _, channels = values.shape
     together = cdiv(tiles, TOGETHER)
     rounds = values.new_empty((2, groups, together, channels))
-    given = epilogue.merge._asdict()
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        if given[name] is not None:
-            check_tensor(f"merge.{name}", given[name], (channels,), torch.float32, values)
-    if given["tracked"] is not None:
-        check_tensor("merge.tracked", given["tracked"], (), torch.int64, values)
-    if epilogue.mode == "statistics" and rows == 1:
+    check_merge(epilogue.merge, channels, values)
+    statistics = epilogue.mode == "statistics"
+    given = epilogue.merge._asdict() if statistics else dict(zip(("weight", "bias"), epilogue.merge, strict=True))
+    if statistics and rows == 1:
         raise ValueError("a group has 1 value per channel: training-mode batch norm needs at least 2")
     return empty | given | {
         "rounds": rounds, "round_counts": values.new_empty((groups, together)),
         "tickets": tickets(values, column_tiles * (1 + groups * together)),
-        "merged": values.new_empty((4 if epilogue.mode == "statistics" else 2, groups, channels)), "MERGE": True,
+        "merged": values.new_empty((4 if statistics else 2, groups, channels)), "MERGE": True,
     }  # fmt: skip
