@@ -32,6 +32,7 @@ from bench.telemetry import Telemetry
 from dcgan.arch import PRESETS
 from dcgan.errors import InputError, RunError, run_command
 from dcgan.flags import Parser
+from kernels.library import switches
 
 STAGES: dict[str, tuple[Callable[[Bench, float], None], float]] = {
     "parity": (stages.parity, 3.0),
@@ -126,7 +127,7 @@ def run(out: Path, plan: Plan, only: list[str], minutes: float, commit: str | No
         "preset": next((name for name, preset in PRESETS.items() if preset.arch == plan.arch), str(plan.arch)),
         "kernel_files": file_hashes(),
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
-        "tf32": {"convolutions": torch.backends.cudnn.allow_tf32, "products": torch.backends.cuda.matmul.allow_tf32},
+        "tf32": {"convolutions": switches.tf32, "products": torch.backends.cuda.matmul.fp32_precision == "tf32"},
         "telemetry": bench.telemetry.read(),
     }
     write_json(out / "env.json", environment)

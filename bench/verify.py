@@ -24,6 +24,7 @@ from bench.subjects.accuracy import arithmetic
 from dcgan.arch import Arch
 from dcgan.model import Discriminator, Generator
 from dcgan.step import ReferenceStep, adam
+from kernels.library import switches
 
 STEPS = 3
 
@@ -129,4 +130,4 @@ def verdict(found: dict[str, float], precision: str) -> str | None:
 
 def tolerance_class(precision: str, device: torch.device) -> str:
     """The tolerances that `precision` falls under: PyTorch's convolutions are TF32 on a GPU unless told otherwise."""
-    return "tf32" if precision == "fp32" and device.type == "cuda" and torch.backends.cudnn.allow_tf32 else precision
+    return "tf32" if precision == "fp32" and device.type == "cuda" and switches.tf32 else precision

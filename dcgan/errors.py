@@ -20,7 +20,7 @@ def say(message: str) -> None:
         print(" ".join(message.splitlines()), file=sys.stderr, flush=True)
 
 
-WORDS = ("allocate memory", "out of memory", "Storage size calculation overflowed")
+WORDS = ("allocate memory", "out of memory", "Storage size calculation overflowed", "multiplication overflow")
 """In a RuntimeError's message, of memory that could not be had."""
 
 

@@ -85,7 +85,9 @@ class FusedStep:
         return {} if self.loss_scale is None else {"loss_scale": self.loss_scale.cpu()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take over `state_dict`'s."""
+        """Take over `state_dict`'s, or `ReferenceStep`'s, torch.amp.GradScaler's."""
+        if "scale" in state:
+            state = {"loss_scale": torch.tensor([state["scale"], state["_growth_tracker"], 0.0])}
         if self.loss_scale is not None and "loss_scale" in state:
             self.loss_scale.copy_(state["loss_scale"])
 

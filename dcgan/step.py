@@ -86,7 +86,11 @@ class ReferenceStep:
         return self.scaler.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        if state:
+        """Take over `state_dict`'s, or `FusedStep`'s: scale, steps since it moved, overflows."""
+        if "loss_scale" in state:
+            scale, good, _ = state["loss_scale"].tolist()
+            state = self.scaler.state_dict() | {"scale": scale, "_growth_tracker": int(good)}
+        if state and self.scaler.is_enabled():
             self.scaler.load_state_dict(state)
 
     def autocast(self) -> AbstractContextManager:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from math import inf
-from numbers import Integral, Real
+from numbers import Integral, Rational, Real
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ ACTIVATIONS = ("none", "relu", "leaky_relu", "tanh")
 def autocast(x: Tensor) -> Tensor:
     """x in the type that autocast asks for on its device; x itself outside autocast."""
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(kind))
     return x
 
@@ -59,7 +59,7 @@ def check_layer(
         raise ValueError(f"x has {x.shape[1]} channels, weight {tuple(weight.shape)} takes {into}")
     if stride < 1 or padding < 0:
         raise ValueError(f"stride is {stride}, padding is {padding}: accepted are stride from 1, padding from 0")
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}: accepted are {', '.join(ACTIVATIONS)}")
     if batch_norm and activation == "tanh":
         raise ValueError("activation is 'tanh': after batch norm, accepted are none, relu and leaky_relu")
@@ -84,6 +84,10 @@ def check_batch_norm(
     _check_optional(running_mean=running_mean, running_var=running_var, num_batches_tracked=tracked)
     _check_whole(groups=groups)
     _check_numbers(momentum=momentum, eps=eps)
+    if not isinstance(training, bool):
+        raise TypeError(f"training is {training!r}: expected True or False")
+    if not 0 <= momentum <= 1 or not 0 <= eps < inf:  # which NaN is not either
+        raise ValueError(f"momentum is {momentum}, eps is {eps}: accepted are 0 to 1, and finite from 0")
     for name, vector in vectors.items():
         if vector is not None and (tuple(vector.shape) != (layer.out_channels,) or vector.device != x.device):
             got = f"{tuple(vector.shape)} on {vector.device}"
@@ -130,14 +134,15 @@ def _check_optional(**tensors: object) -> None:
 def _check_whole(**numbers: object) -> None:
     """Raise TypeError for the first that is no whole number, by name."""
     for name, value in numbers.items():
-        if not isinstance(value, WHOLE):
+        if not isinstance(value, WHOLE) or isinstance(value, bool):
             raise TypeError(f"{name} is {value!r}: expected a whole number")
 
 
 def _check_numbers(**numbers: object) -> None:
     """Raise TypeError for the first that is no number, by name."""
     for name, value in numbers.items():
-        if not isinstance(value, REAL):
+        fraction = isinstance(value, Rational) and not isinstance(value, Integral)  # PyTorch takes none
+        if not isinstance(value, REAL) or fraction:
             raise TypeError(f"{name} is {value!r}: expected a number")
 
 

@@ -28,6 +28,7 @@ from kernels.library import switches
 BACKENDS = ("auto", "eager", "library", "triton", "cuda")
 
 PACKAGE = f"{Path(__file__).parent}{os.sep}"
+TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 
 _settings = {"backend": "auto", "strict": False}  # of `use_backend`; torch.compile guards on it
 _warned: set[tuple[str, str]] = set()  # op and kind of reason of each fallback that was said
@@ -182,8 +183,9 @@ def _fall_back(op: str, reason: str, strict: bool, kind: str = "") -> tuple[str,
 
 
 def _callers_level() -> int:
-    """The `stacklevel`, in the function that asks, of the first frame outside this package: who called the op."""
+    """The `stacklevel`, in the function that asks, of the first frame outside this package, and outside torch, which
+    calls a fused module: who called the op."""
     frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((PACKAGE, TORCH)):
         frame, level = frame.f_back, level + 1
     return level

@@ -137,11 +137,13 @@ def _tiled(
     """A product's launcher that looks its shape up in the device's table first, for a recipe of `allowed`; without one
     it is by `other`, at its own choice of tile."""
     default = recipes[other][kernel]
-    named = list(inspect.signature(default).parameters)[2:]
+    two = list(inspect.signature(getattr(reference, kernel)).parameters)[:2]
+    named = two + list(inspect.signature(default).parameters)[2:]
 
     @functools.wraps(default)
-    def launch(first: Tensor | Deferred, second: Tensor | Deferred, *arguments: Any, **options: Any) -> Any:
+    def launch(*arguments: Any, **options: Any) -> Any:
         options = by_name(named, arguments, options)
+        first, second = (options.pop(name) for name in two)
         entry = None if options.get("config") else _entry(kernel, raw(first), raw(second), options)
         if entry is None or entry.recipe not in allowed:
             return default(first, second, **options)

@@ -38,8 +38,9 @@ def tf32(allowed: bool, backend: Any = torch.backends.cudnn) -> Iterator[None]:
     the settings were used to read the flag is an error. So the flag is moved where only it was used, else the setting.
     """
     switch = getattr(backend, "conv", backend)
-    before = switch.fp32_precision
-    if (before == "tf32") == allowed:
+    moved = [switch] if switch is backend else [switch, backend.rnn]  # what the flag moves too
+    before = [part.fp32_precision for part in moved]
+    if (before[0] == "tf32") == allowed:
         yield
         return
     by_flag = _only_the_flag_was_used(backend)
@@ -52,8 +53,9 @@ def tf32(allowed: bool, backend: Any = torch.backends.cudnn) -> Iterator[None]:
     finally:
         if by_flag:
             backend.allow_tf32 = not allowed
-        else:
-            _restore(switch, before)
+        for part, precision in zip(moved if by_flag else moved[:1], before, strict=False):
+            if part.fp32_precision != precision:
+                _restore(part, precision)
 
 
 def _only_the_flag_was_used(backend: Any) -> bool:

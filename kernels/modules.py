@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from kernels.conv_act import conv_act, conv_transpose_act
@@ -74,7 +75,7 @@ def _why_norm(norm: nn.BatchNorm2d) -> str | None:
         return "its batch norm has no weight and bias"
     if norm.momentum is None:
         return "its batch norm keeps a cumulative average"
-    if not norm.track_running_stats:
+    if not norm.track_running_stats or norm.running_mean is None or norm.running_var is None:
         return "its batch norm keeps no running statistics"
     return None
 
@@ -105,7 +106,7 @@ class FusedSequential(nn.Sequential):
 
     def _plain(self, x: Tensor, child: nn.Module) -> Tensor:
         """A child as it is; a batch norm on each group by itself."""
-        by_group = isinstance(child, nn.BatchNorm2d) and (child.training or child.running_mean is None)
+        by_group = isinstance(child, _BatchNorm) and (child.training or child.running_mean is None)
         if self.bn_groups == 1 or not by_group:
             return child(x)
         if x.shape[0] % self.bn_groups:
@@ -135,7 +136,8 @@ class FusedSequential(nn.Sequential):
 
 def served(x: Tensor) -> bool:
     """Whether the ops take a map: a batch of square images, not empty."""
-    return isinstance(x, Tensor) and x.ndim == 4 and x.shape[2] == x.shape[3] and x.numel() > 0
+    square = isinstance(x, Tensor) and x.ndim == 4 and x.shape[2] == x.shape[3] and x.numel() > 0
+    return square and x.is_floating_point()
 
 
 def followers(children: list[nn.Module], start: int) -> tuple[nn.Module | None, nn.Module | None]:
@@ -175,6 +177,7 @@ def fuse(model: nn.Module) -> Fusion:
         if type(module) is nn.Sequential:
             module.__class__ = FusedSequential
         inside = isinstance(module, FusedSequential)
+        own = inside and "forward" in module.__dict__
         children = list(module._modules.values())  # a module that stands in it twice is there twice
         for i, (child, convolution) in enumerate(module._modules.items()):
             if not isinstance(convolution, CONVOLUTIONS):
@@ -182,6 +185,8 @@ def fuse(model: nn.Module) -> Fusion:
             path = f"{name}.{child}" if name else child
             if not inside:
                 left[path] = "it is not in a Sequential"
+            elif own:
+                left[path] = "its Sequential has a forward of its own"
             elif reason := why_left(convolution, *followers(children, i)):
                 left[path] = reason
             else:

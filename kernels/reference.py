@@ -16,9 +16,13 @@ from kernels.geometry import Activation, Deferred, Epilogue, Merge, MergeGradien
 
 def activate(z: Tensor, activation: Activation, slope: float = 0.2) -> Tensor:
     """The activation of z."""
-    return {"none": lambda: z, "relu": z.relu, "leaky_relu": lambda: F.leaky_relu(z, slope), "tanh": z.tanh}[
-        activation
-    ]()
+    if activation not in ("none", "relu", "leaky_relu", "tanh"):
+        raise ValueError(f"activation is {activation!r}: accepted are none, relu, leaky_relu and tanh")
+    if activation == "relu":
+        return F.relu(z)
+    if activation == "leaky_relu":
+        return F.leaky_relu(z, slope)
+    return z.tanh() if activation == "tanh" else z
 
 
 def derivative(a: Tensor, activation: Activation, slope: float = 0.2) -> Tensor:

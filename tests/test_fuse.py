@@ -257,3 +257,35 @@ def test_a_sequential_takes_what_its_first_child_takes():
     model = nn.Sequential(Pick(), *block())
     kernels.fuse(model)
     assert model((None, torch.randn(2, 3, 8, 8))).shape == (2, 4, 4, 4)
+
+
+def test_statistics_that_were_taken_away_are_the_batchs():
+    """`running_mean = None`: plain batch norm then takes the batch's in evaluation too."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 4, 2, 1, bias=False), nn.BatchNorm2d(8)).eval()
+    model[1].running_mean = model[1].running_var = None
+    x = torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    assert "0" in kernels.fuse(model).left
+    assert torch.equal(model(x), expected)
+
+
+def test_groups_of_a_batch_norm_behind_a_flatten():
+    model = nn.Sequential(nn.Conv2d(3, 8, 8, 1, 0, bias=False), nn.Flatten(), nn.BatchNorm1d(8))
+    kernels.fuse(model)
+    x = torch.randn(8, 3, 8, 8)
+    expected = torch.cat([model(part) for part in x.chunk(2)])
+    model.bn_groups = 2
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_sequential_with_a_forward_of_its_own_is_left():
+    model = nn.Sequential(nn.Conv2d(3, 8, 4, 2, 1, bias=False), nn.ReLU())
+    model.forward = lambda x: x * 0
+    report = kernels.fuse(model)
+    assert report.fused == () and "forward of its own" in report.left["0"]
+
+
+def test_shapes_alone_on_meta():
+    model = nn.Sequential(nn.Conv2d(3, 8, 4, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU()).to("meta")
+    kernels.fuse(model)
+    assert model(torch.empty(2, 3, 8, 8, device="meta")).shape == (2, 8, 4, 4)

@@ -1,5 +1,7 @@
 """Wrong input of the convolution ops, and backends that cannot run: an error that names argument and reason."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -69,6 +71,14 @@ def call(kind="conv", bn=True, **changes):
         ({"negative_slope": float("nan")}, "negative_slope is nan"),
         ({"momentum": None}, "momentum is None: expected a number"),
         ({"eps": "1e-5"}, "eps is '1e-5': expected a number"),
+        ({"eps": -1.0}, "eps is -1.0"),
+        ({"eps": float("nan")}, "eps is nan"),
+        ({"momentum": float("inf")}, "momentum is inf"),
+        ({"momentum": Fraction(1, 10)}, "momentum is Fraction(1, 10): expected a number"),
+        ({"training": "no"}, "training is 'no': expected True or False"),
+        ({"stride": True}, "stride is True: expected a whole number"),
+        ({"groups": True}, "groups is True: expected a whole number"),
+        ({"activation": ["relu"]}, "activation is ['relu']"),
     ],
 )
 def test_wrong_input_names_the_argument(changes, said):

@@ -5,6 +5,7 @@ fp64, and fp32 step by step from the same state.
 """
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from bench.peers import example
 from dcgan.arch import Arch
+from dcgan.fused import FusedStep
 from dcgan.model import Discriminator, Generator
 from dcgan.step import METRICS, ReferenceStep, adam
 
@@ -127,3 +129,14 @@ def test_the_forms_differ():
             losses = step(real, z)[:2]
         results.append(losses)
     assert not torch.allclose(*results, rtol=0, atol=1e-3)
+
+
+def test_a_loss_scale_goes_from_one_kind_of_step_to_the_other():
+    """A run that was begun by the kernels may be resumed without them, and the other way round."""
+    plain = SimpleNamespace(scaler=torch.amp.GradScaler("cpu"))
+    ReferenceStep.load_state_dict(plain, {"loss_scale": torch.tensor([4096.0, 7.0, 0.0])})
+    assert plain.scaler.get_scale() == 4096 and plain.scaler._get_growth_tracker() == 7
+    fused = SimpleNamespace(loss_scale=torch.zeros(3))
+    FusedStep.load_state_dict(fused, plain.scaler.state_dict())
+    assert fused.loss_scale.tolist() == [4096, 7, 0]
+    ReferenceStep.load_state_dict(SimpleNamespace(scaler=torch.amp.GradScaler("cpu", enabled=False)), {"scale": 1.0})

@@ -107,3 +107,12 @@ def test_a_compiled_op_selects_again_when_a_setting_changes(monkeypatch):
         cudnn.conv.fp32_precision = value
         compiled(torch.ones(1))
     assert seen == [True, False]
+
+
+@pytest.mark.parametrize("backend", [cudnn, matmul], ids=["convolutions", "products"])
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_later_setting_of_all_backends_is_followed_again(backend, allowed):
+    before = [cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, matmul.fp32_precision]
+    with tf32(allowed, backend):
+        pass
+    assert [cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, matmul.fp32_precision] == before

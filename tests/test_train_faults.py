@@ -104,6 +104,7 @@ def test_out_of_memory_suggests_a_batch_that_may_fit(tmp_path, monkeypatch, caps
     [
         ("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory", True),
         ("Storage size calculation overflowed with sizes=[4611686018427387904]", True),
+        ("numel: integer multiplication overflow", True),
         ("value cannot be converted to type at::Half without overflow", False),
     ],
 )

@@ -14,9 +14,10 @@ from kernels.geometry import Activation, MergeGradients, Partials, check_tensor
 
 def _check(y: Tensor, weight: Tensor, state: Tensor, activation: Activation) -> tuple[int, int, int, int]:
     """`check_head`, and the extension's own limit."""
-    if y.ndim == 4 and y[0].numel() >= 2**31:
+    sizes = check_head(y, weight, state, activation)
+    if sizes[2] * sizes[3] >= 2**31:
         raise ValueError(f"y has shape {tuple(y.shape)}: an image must have fewer than 2^31 elements")
-    return check_head(y, weight, state, activation)
+    return sizes
 
 
 def head(
