@@ -191,7 +191,7 @@ def test_a_warning_points_at_who_called_the_package(table, monkeypatch, way):
         elif way == "an op":
             kernels.gan_loss(torch.zeros(4), (True,))
         else:
-            kernels.FusedSequential(torch.nn.Conv2d(3, 4, 4, 2, 1, bias=False)).forward(torch.zeros(1, 3, 4, 4))
+            kernels.FusedSequential(torch.nn.Conv2d(3, 4, 4, 2, 1, bias=False))(torch.zeros(1, 3, 4, 4))
     assert [Path(warning.filename) for warning in caught] == [Path(__file__)]
 
 
