@@ -126,6 +126,7 @@ def test_weights_are_the_same_every_time():
 
 
 def test_the_oracle_leaves_tf32_as_it_was():
+    before = torch.backends.cudnn.allow_tf32
     with arithmetic("ieee"):
         assert not torch.backends.cudnn.allow_tf32
-    assert torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.allow_tf32 == before
