@@ -67,7 +67,11 @@ def check_merge(
         strays = getattr(reference, kind)(x.double().square(), weight.double().square())[0].sqrt()
         sums = exact_y.abs().max() * (images * y_size**2) ** 0.5
         addends = {"y": [strays], "weight": [sums], "bias": [sums], "mean": [start[2], exact_y]}
-        if not backward:
+        if backward:  # sums and means of g and of g·x̂: of few pixels they stray as far as g does
+            x_hat = (reference.grouped(saved.double(), groups) - state[0][:, None]) * state[1][:, None]
+            far = strays * x_hat.abs().max().clamp(min=1)
+            addends |= {"merged": [far], "weight": [sums, far], "bias": [sums, far]}
+        else:
             addends |= {"var": [start[3], exact_state[1] ** -2], "merged": [exact_y]}
         for what, ours, twin, exact in zip(("y", "merged", "weight", "bias", "mean", "var"), *results, strict=True):
             terms = 16 * into if what == "y" else images * y_size**2
